@@ -1,0 +1,87 @@
+"""A float stage on disk: how to build the architecture, which channels were cut, and the weights.
+
+What enters: a module with its architecture and pruning history. What leaves: model.json and
+model.safetensors, from which exactly that module is made again. No pickled module is ever written or
+read: code does not come out of a run directory.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from edgecompress.errors import RunError
+from edgecompress.models import Architecture, build
+from edgecompress.prune import PruningRecord, replay_history
+from edgecompress.run_directory import atomic_path, read_json, write_text
+
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A module and what it takes to make it again."""
+
+    module: nn.Module
+    architecture: Architecture
+    history: tuple[PruningRecord, ...] = ()
+
+
+def example_input(architecture: Architecture, batch: int = 2) -> torch.Tensor:
+    """Zeros of the model's input shape, [batch, C, H, W]."""
+    size = architecture.preprocessing.input_size
+    return torch.zeros(batch, architecture.preprocessing.channels, size, size)
+
+
+def describe(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The content of model.json."""
+    return {
+        "format_version": FORMAT_VERSION,
+        "architecture": checkpoint.architecture.to_dict(),
+        "history": [[name, is_output, list(indices)] for name, is_output, indices in checkpoint.history],
+    }
+
+
+def save_checkpoint(checkpoint: Checkpoint, folder: Path) -> None:
+    """Write model.json and model.safetensors into `folder`."""
+    tensors = {name: t.detach().cpu().contiguous().clone() for name, t in checkpoint.module.state_dict().items()}
+    with atomic_path(folder / "model.safetensors") as temporary:
+        save_file(tensors, temporary)
+    write_text(folder / "model.json", json.dumps(describe(checkpoint), indent=2) + "\n")
+
+
+def rebuild(folder: Path) -> tuple[Checkpoint, dict[str, Any]]:
+    """The module of model.json with its channels cut but without its weights, and the file's content."""
+    description = read_json(folder / "model.json")
+    try:
+        if description["format_version"] != FORMAT_VERSION:
+            raise RunError(f"{folder}: format_version {description['format_version']} is not {FORMAT_VERSION}")
+        architecture = Architecture.from_dict(description["architecture"])
+        history = _read_history(description["history"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise RunError(f"{folder / 'model.json'}: not a model description: {error!r}") from error
+    module = build(architecture)
+    replay_history(module, example_input(architecture), history)
+    return Checkpoint(module.eval(), architecture, history), description
+
+
+def load_checkpoint(folder: Path) -> Checkpoint:
+    """Read a float stage back. Raises RunError when the files are damaged or do not fit each other."""
+    checkpoint, _ = rebuild(folder)
+    try:
+        checkpoint.module.load_state_dict(load_file(folder / "model.safetensors"))
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise RunError(f"{folder}: weights do not fit model.json: {str(error).splitlines()[0]}") from error
+    return checkpoint
+
+
+def _read_history(entries: Sequence[Any]) -> tuple[PruningRecord, ...]:
+    return tuple((str(name), bool(is_output), tuple(int(i) for i in indices)) for name, is_output, indices in entries)

@@ -1,0 +1,315 @@
+"""The command line: typed options in, one function of the pipeline called, an exit code out.
+
+Nothing heavy is imported before a command runs, so `--help` is instant. Progress and prose go to stderr; stdout holds
+the result alone: tables for people, or one JSON document with `--json`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import shlex
+import sys
+import webbrowser
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+from edgecompress import console
+from edgecompress.errors import EXIT_GATE_MISSED, EXIT_OK, EdgeCompressError
+
+if TYPE_CHECKING:
+    from edgecompress.pipeline import Outcome
+
+app = typer.Typer(
+    name="edgecompress",
+    help="Distil, prune and quantize an image classifier; export it; measure it on the device; say if it may ship.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+recipes_app = typer.Typer(no_args_is_help=True, help="List, show and validate recipes.")
+targets_app = typer.Typer(no_args_is_help=True, help="List, show and validate targets.")
+app.add_typer(recipes_app, name="recipes")
+app.add_typer(targets_app, name="targets")
+
+RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe file, or a shipped recipe's name.")]
+RunArgument = Annotated[
+    Path | None, typer.Argument(metavar="[RUN]", help="A run directory; left out, the newest under runs/.")
+]
+TargetOption = Annotated[str, typer.Option("--target", help="A target file, or a shipped target's name.")]
+OptionalTarget = Annotated[str | None, typer.Option("--target", help="A target file, or a shipped target's name.")]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", metavar="PATH=VALUE", help="Override a field, e.g. stages.pruned.epochs=5.")
+]
+OutputOption = Annotated[Path | None, typer.Option("--output", help="The run directory to make.")]
+ResumeOption = Annotated[bool, typer.Option("--resume/--no-resume", help="Go on in --output where it stopped.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
+NoGateOption = Annotated[bool, typer.Option("--no-gate", help="End with 0 where a gate or budget was missed.")]
+QuietOption = Annotated[bool, typer.Option("--quiet", help="Print warnings and the result only.")]
+SecondsOption = Annotated[float, typer.Option("--seconds", min=1.0, help="Time to spend on measuring latency.")]
+NameArgument = Annotated[str, typer.Argument(metavar="NAME", help="A shipped name or a file.")]
+
+
+@app.callback(invoke_without_command=True)
+def root(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and end.")] = False,
+) -> None:
+    if version:
+        from edgecompress import __version__
+
+        typer.echo(f"edgecompress {__version__}")
+        raise typer.Exit(EXIT_OK)
+
+
+@app.command()
+def apply(
+    recipe: RecipeArgument,
+    target: OptionalTarget = None,
+    overrides: SetOption = None,
+    output: OutputOption = None,
+    resume: ResumeOption = False,
+    as_json: JsonOption = False,
+    no_gate: NoGateOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Apply a recipe's stages in PyTorch: train, distill, prune, quantize."""
+
+    def work() -> Outcome:
+        from edgecompress import pipeline
+
+        return pipeline.apply(
+            recipe, target=target, overrides=overrides or (), output=output, resume=resume, command=_command_line()
+        )
+
+    _finish(work, lambda outcome: outcome.manifest, as_json, no_gate, quiet)
+
+
+@app.command()
+def export(
+    run: RunArgument = None,
+    int8: Annotated[bool, typer.Option("--int8", help="Write the int8 file too, and check its parity.")] = False,
+    target: OptionalTarget = None,
+    overrides: SetOption = None,
+    as_json: JsonOption = False,
+    no_gate: NoGateOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Write ONNX files and check parity: PyTorch, ONNX and int8 ONNX on real images."""
+
+    def work() -> Outcome:
+        from edgecompress import pipeline
+
+        return pipeline.export(run, target=target, int8=int8, overrides=overrides or ())
+
+    _finish(work, lambda outcome: outcome.manifest, as_json, no_gate, quiet)
+
+
+@app.command()
+def profile(
+    target: TargetOption,
+    run: RunArgument = None,
+    seconds: SecondsOption = 20.0,
+    as_json: JsonOption = False,
+    no_gate: NoGateOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Measure a run's exported files on ONNX Runtime and judge them against a target's budgets."""
+
+    def work() -> Outcome:
+        from edgecompress import pipeline
+
+        return pipeline.profile(run, target=target, seconds=seconds)
+
+    _finish(work, lambda outcome: next(iter(outcome.profiles.values())), as_json, no_gate, quiet)
+
+
+@app.command()
+def report(
+    run: RunArgument = None,
+    target: OptionalTarget = None,
+    open_page: Annotated[bool, typer.Option("--open", help="Open the page in a browser.")] = False,
+    as_json: JsonOption = False,
+    no_gate: NoGateOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Write the deployment report: one HTML page and one Markdown file per target."""
+
+    def work() -> Outcome:
+        from edgecompress import pipeline
+
+        outcome = pipeline.report(run, target=target)
+        if open_page:
+            for paths in outcome.reports.values():
+                webbrowser.open(paths.html.resolve().as_uri())
+        return outcome
+
+    def document(outcome: Outcome) -> Any:
+        return {name: {"html": str(p.html), "markdown": str(p.markdown)} for name, p in outcome.reports.items()}
+
+    _finish(work, document, as_json, no_gate, quiet)
+
+
+@app.command("run")
+def run_command(
+    recipe: RecipeArgument,
+    targets: Annotated[list[str], typer.Option("--target", help="A target file or shipped name; may be repeated.")],
+    overrides: SetOption = None,
+    output: OutputOption = None,
+    resume: ResumeOption = False,
+    seconds: SecondsOption = 20.0,
+    as_json: JsonOption = False,
+    no_gate: NoGateOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Apply, export with int8, profile and report, in one go."""
+
+    def work() -> Outcome:
+        from edgecompress import pipeline
+
+        return pipeline.run(
+            recipe,
+            targets=targets,
+            overrides=overrides or (),
+            output=output,
+            resume=resume,
+            seconds=seconds,
+            command=_command_line(),
+        )
+
+    _finish(work, lambda outcome: outcome.manifest, as_json, no_gate, quiet)
+
+
+def _add_settings_commands(group: typer.Typer, folder: str) -> None:
+    """The same three commands for recipes and for targets."""
+    kind = folder.removesuffix("s")
+
+    @group.command("list", help=f"List the shipped {folder}.")
+    def list_command(as_json: JsonOption = False, no_gate: NoGateOption = False) -> None:
+        with _reporting_errors(as_json):
+            from edgecompress.configuration import read_yaml_mapping
+            from edgecompress.shipped import shipped_files
+
+            rows = []
+            for path in shipped_files(folder):
+                description = str(read_yaml_mapping(path).get("description", ""))
+                rows.append({"name": path.stem, "description": " ".join(description.split())})
+            if as_json:
+                _print_json({folder: rows})
+            else:
+                _print_rows(rows)
+
+    @group.command("show", help=f"Print a {kind}'s file, comments included.")
+    def show_command(name: NameArgument, as_json: JsonOption = False, no_gate: NoGateOption = False) -> None:
+        with _reporting_errors(as_json):
+            from edgecompress.configuration import read_yaml_mapping
+            from edgecompress.recipe import find_settings
+
+            path = find_settings(name, kind="recipe" if kind == "recipe" else "target")
+            if as_json:
+                _print_json(read_yaml_mapping(path))
+            else:
+                typer.echo(path.read_text(encoding="utf-8"), nl=False)
+
+    @group.command("validate", help=f"Check a {kind} and name every fault in it.")
+    def validate_command(name: NameArgument, as_json: JsonOption = False, no_gate: NoGateOption = False) -> None:
+        with _reporting_errors(as_json):
+            from edgecompress.recipe import load_recipe
+            from edgecompress.target import load_target
+
+            settings = load_recipe(name) if kind == "recipe" else load_target(name)
+            if as_json:
+                _print_json({"valid": True, kind: settings.model_dump(mode="json")})
+            else:
+                typer.echo(f"{name}: valid {kind} '{settings.name}'")
+
+
+_add_settings_commands(recipes_app, "recipes")
+_add_settings_commands(targets_app, "targets")
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app()
+
+
+def _finish(
+    work: Callable[[], Outcome], document: Callable[[Outcome], Any], as_json: bool, no_gate: bool, quiet: bool
+) -> NoReturn:
+    """Do the work, print its result, and end with the contract's exit code."""
+    console.set_quiet(quiet)
+    with _reporting_errors(as_json):
+        _silence_library_logs()
+        # Libraries below print to stdout now and then; it belongs to the result alone.
+        with contextlib.redirect_stdout(sys.stderr):
+            outcome = work()
+        if as_json:
+            _print_json(document(outcome))
+        else:
+            _print_outcome(outcome)
+        missed = outcome.missed and not no_gate
+        raise typer.Exit(EXIT_GATE_MISSED if missed else EXIT_OK)
+
+
+@contextlib.contextmanager
+def _reporting_errors(as_json: bool) -> Any:
+    try:
+        yield
+    except EdgeCompressError as error:
+        _fail(str(error), error.exit_code, as_json)
+    except KeyboardInterrupt:
+        _fail("interrupted", 130, as_json)
+
+
+def _fail(message: str, exit_code: int, as_json: bool) -> NoReturn:
+    if as_json:
+        _print_json({"error": message, "exit_code": exit_code})
+    else:
+        console.error(message)
+    raise typer.Exit(exit_code)
+
+
+def _print_json(document: Any) -> None:
+    from edgecompress.run_directory import to_json
+
+    typer.echo(to_json(document), nl=False)
+
+
+def _print_rows(rows: list[dict[str, str]]) -> None:
+    width = max((len(row["name"]) for row in rows), default=0)
+    for row in rows:
+        typer.echo(f"{row['name']:<{width}}  {row['description']}")
+
+
+def _print_outcome(outcome: Outcome) -> None:
+    from rich.console import Console
+
+    from edgecompress.summary import models_table, stages_table, verdict_text
+
+    stdout = Console(highlight=False)
+    for text in outcome.manifest.get("notes", []):
+        console.note(f"note: {text}")
+    stdout.print(stages_table(outcome.manifest))
+    for document in outcome.profiles.values():
+        stdout.print(models_table(document))
+    for document in outcome.profiles.values():
+        stdout.print(verdict_text(document), markup=False, soft_wrap=True)
+    if outcome.missed and not outcome.profiles:
+        for sentence in outcome.missed:
+            stdout.print(f"gate missed: {sentence}", markup=False, soft_wrap=True)
+    for paths in outcome.reports.values():
+        stdout.print(f"report: {paths.html}", markup=False, soft_wrap=True)
+    stdout.print(f"run:    {outcome.run.path}", markup=False, soft_wrap=True)
+
+
+def _command_line() -> str:
+    return shlex.join(["edgecompress", *sys.argv[1:]])
+
+
+def _silence_library_logs() -> None:
+    """torch and torchao log notes about their own internals as warnings; they are not about the user's model."""
+    for name in ("torch.utils._pytree", "torch.onnx", "torch.export", "torchao", "onnxscript"):
+        logging.getLogger(name).setLevel(logging.ERROR)

@@ -1,0 +1,270 @@
+"""YAML and command-line overrides in, frozen pydantic models out, with every fault named at once.
+
+What enters: a YAML file and dotted `--set` overrides. What leaves: one validated model. Recipes and
+targets share this module, so that both report faults in the same way: the place in the file, what is
+wrong, and the nearest valid spelling.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import types
+import typing
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import yaml
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
+
+from edgecompress.errors import ConfigurationError
+
+Settings = TypeVar("Settings", bound="FrozenSettings")
+
+# A recipe is a page of text. The limits stop a file that expands without end (YAML aliases) early.
+MAX_YAML_BYTES = 1_000_000
+MAX_YAML_NODES = 20_000
+
+
+class FrozenSettings(BaseModel):
+    """Base of all settings: immutable, and unknown keys are refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+def _open_fraction(value: float) -> float:
+    if not 0.0 < value < 1.0:
+        hint = f"; did you mean {value / 100:g}?" if 1.0 < value < 100.0 else ""
+        raise ValueError(f"{value:g} is not a fraction between 0 and 1{hint}")
+    return value
+
+
+def _closed_fraction(value: float) -> float:
+    if not 0.0 <= value <= 1.0:
+        hint = f"; did you mean {value / 100:g}?" if 1.0 < value <= 100.0 else ""
+        raise ValueError(f"{value:g} is not a fraction from 0 to 1{hint}")
+    return value
+
+
+Fraction = Annotated[float, AfterValidator(_open_fraction)]
+"""A ratio in the open interval (0, 1)."""
+
+ClosedFraction = Annotated[float, AfterValidator(_closed_fraction)]
+"""A ratio in the closed interval [0, 1]."""
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """Safe YAML that refuses duplicate keys (a second `stages:` would silently win) and floods."""
+
+    node_count = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        self.node_count += 1
+        if self.node_count > MAX_YAML_NODES:
+            raise yaml.YAMLError(f"the file holds over {MAX_YAML_NODES} nodes")
+        if self.check_event(yaml.events.AliasEvent):
+            raise yaml.YAMLError(
+                f"line {self.peek_event().start_mark.line + 1}: YAML aliases are not supported; write the value out"
+            )
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        seen: set[Any] = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=True)
+            if not isinstance(key, str):
+                raise yaml.YAMLError(f"line {key_node.start_mark.line + 1}: the key {key!r} is not text")
+            if key in seen:
+                raise yaml.YAMLError(f"line {key_node.start_mark.line + 1}: the key '{key}' stands twice")
+            seen.add(key)
+        return typing.cast(dict[Any, Any], super().construct_mapping(node, deep=deep))
+
+
+# YAML 1.1 reads 1e-3 as text, since it wants a dot; people write 1e-3.
+_StrictLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?[0-9]+(?:\.[0-9]*)?[eE][-+]?[0-9]+$"),
+    list("-+0123456789"),
+)
+
+
+def parse_yaml(text: str, *, source: str) -> Any:
+    """Parse one YAML document safely; `source` names it in messages. Raises ConfigurationError."""
+    if len(text) > MAX_YAML_BYTES:
+        raise ConfigurationError(f"{source}: larger than {MAX_YAML_BYTES} bytes; this is not a recipe or a target")
+    try:
+        return yaml.load(text, Loader=_StrictLoader)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        detail = " ".join(str(error).split()) or type(error).__name__
+        raise ConfigurationError(f"{source}: not valid YAML: {detail}") from error
+
+
+def read_yaml_mapping(path: Path) -> dict[str, Any]:
+    """Read a YAML file whose top level is a mapping. Raises ConfigurationError."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigurationError(f"{path}: cannot be read: {error}") from error
+    document = parse_yaml(text, source=str(path))
+    if not isinstance(document, dict):
+        kind = "nothing" if document is None else type(document).__name__
+        raise ConfigurationError(f"{path}: expected a mapping of settings at the top level, found {kind}")
+    return document
+
+
+def nearest(name: str, candidates: Iterable[str]) -> str | None:
+    """The candidate spelled most like `name`, or None when none is close."""
+    matches = difflib.get_close_matches(name, list(candidates), n=1, cutoff=0.6)
+    return matches[0] if matches else None
+
+
+def did_you_mean(name: str, candidates: Iterable[str]) -> str:
+    """The suffix '; did you mean ...?' or, when nothing is close, the list of what exists."""
+    names = sorted(set(candidates))
+    match = nearest(name, names)
+    if match is not None:
+        return f"; did you mean '{match}'?"
+    return f"; known: {', '.join(names)}" if names else ""
+
+
+def apply_overrides(document: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """Apply `a.b=value` overrides to a parsed document and return the changed copy.
+
+    Lists are entered by index or by the `id` of an element; values parse as YAML. Raises
+    ConfigurationError, listing every override that has no place to go.
+    """
+    result = _deep_copy(document)
+    faults: list[str] = []
+    for override in overrides:
+        path, separator, raw = override.partition("=")
+        if not separator or not path.strip():
+            faults.append(f"--set {override}: expected path=value, for instance seed=1")
+            continue
+        try:
+            value = parse_yaml(raw, source=f"--set {path}")
+            _assign(result, path.strip().split("."), value)
+        except (ConfigurationError, KeyError) as error:
+            faults.append(str(error) if isinstance(error, ConfigurationError) else f"--set {path}: {error.args[0]}")
+    if faults:
+        raise ConfigurationError("\n".join(faults))
+    return result
+
+
+def _deep_copy(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _deep_copy(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_deep_copy(item) for item in value]
+    return value
+
+
+def _list_index(items: list[Any], key: str) -> int:
+    ids = [item.get("id") for item in items if isinstance(item, Mapping)]
+    if key in ids:
+        return next(i for i, item in enumerate(items) if isinstance(item, Mapping) and item.get("id") == key)
+    if key.lstrip("-").isdigit() and -len(items) <= int(key) < len(items):
+        return int(key)
+    raise KeyError(f"the list has no element '{key}'{did_you_mean(key, [str(i) for i in ids if i])}")
+
+
+def _assign(container: Any, keys: list[str], value: Any) -> None:
+    key, rest = keys[0], keys[1:]
+    if isinstance(container, list):
+        index = _list_index(container, key)
+        if rest:
+            _assign(container[index], rest, value)
+        else:
+            container[index] = value
+        return
+    if not isinstance(container, dict):
+        raise KeyError(f"'{key}' is inside a plain value ({container!r}), which has no keys")
+    if not rest:
+        container[key] = value
+        return
+    if container.get(key) is None:
+        container[key] = {}
+    _assign(container[key], rest, value)
+
+
+def validate(model: type[Settings], document: Mapping[str, Any], *, source: str) -> Settings:
+    """Validate a document against a settings class.
+
+    Raises ConfigurationError with one line per fault: `source: place: what is wrong; how to fix`.
+    """
+    try:
+        return model.model_validate(document)
+    except ValidationError as error:
+        lines = [f"{source}: {_describe(fault, model, document)}" for fault in error.errors()]
+        raise ConfigurationError("\n".join(dict.fromkeys(lines))) from error
+
+
+def _describe(fault: Any, model: type[BaseModel], document: Mapping[str, Any]) -> str:
+    location = _named_location(fault["loc"], document)
+    place = ".".join(location) or "(top level)"
+    kind, message = fault["type"], fault["msg"]
+    if kind == "extra_forbidden":
+        *parent, key = location
+        return f"{place}: unknown key{did_you_mean(key, _field_names(model, fault['loc'][:-1]))}"
+    if kind == "missing":
+        return f"{place}: required, but not given"
+    if kind == "union_tag_invalid":
+        given = str(fault["ctx"]["tag"])
+        tags = [tag.strip(" '") for tag in str(fault["ctx"]["expected_tags"]).split(",")]
+        return f"{place}.kind: unknown kind '{given}'{did_you_mean(given, tags)}"
+    if kind == "union_tag_not_found":
+        return f"{place}.kind: required, but not given (train, distill, prune or quantize)"
+    if kind == "literal_error":
+        expected = str(fault["ctx"]["expected"]).replace("'", "").replace(" or ", ", ")
+        return f"{place}: {fault['input']!r} is not allowed{did_you_mean(str(fault['input']), expected.split(', '))}"
+    message = message.removeprefix("Value error, ")
+    given = "" if isinstance(fault["input"], (dict, list)) or kind == "value_error" else f" (given: {fault['input']!r})"
+    return f"{place}: {message}{given}"
+
+
+def _named_location(location: Sequence[int | str], document: Any) -> list[str]:
+    """pydantic's location with list positions replaced by ids and union tags left out."""
+    named: list[str] = []
+    here: Any = document
+    for part in location:
+        if isinstance(part, int):
+            here = here[part] if isinstance(here, list) and part < len(here) else None
+            identifier = here.get("id") if isinstance(here, Mapping) else None
+            named.append(str(identifier) if identifier else str(part))
+        elif isinstance(here, Mapping) and part not in here and here.get("kind") == part:
+            continue  # the tag of a discriminated union, which is no key of the file
+        else:
+            named.append(str(part))
+            here = here.get(part) if isinstance(here, Mapping) else None
+    return named
+
+
+def _field_names(model: type[BaseModel], location: Sequence[int | str]) -> list[str]:
+    """The keys allowed at a location: follow it through nested models, lists and tagged unions."""
+    here: list[type[BaseModel]] = [model]
+    for part in location:
+        if isinstance(part, int):
+            continue
+        tagged = [m for m in here if _tag_of(m) == part]
+        if tagged:
+            here = tagged
+            continue
+        inner: list[type[BaseModel]] = []
+        for candidate in here:
+            field = candidate.model_fields.get(part)
+            if field is not None:
+                inner.extend(_models_in(field.annotation))
+        here = inner
+    return [name for candidate in here for name in candidate.model_fields]
+
+
+def _tag_of(model: type[BaseModel]) -> str | None:
+    field = model.model_fields.get("kind")
+    arguments = typing.get_args(field.annotation) if field is not None else ()
+    return str(arguments[0]) if arguments else None
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and not isinstance(annotation, types.GenericAlias):
+        return [annotation] if issubclass(annotation, BaseModel) else []
+    return [model for argument in typing.get_args(annotation) for model in _models_in(argument)]

@@ -1,0 +1,92 @@
+"""What a person sees while a command works: progress bars and notes, all on stderr.
+
+stdout stays free for the result (a table, or one JSON document with `--json`). When stderr is no
+terminal, a bar becomes one line at its end; with `quiet` only warnings are printed.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+_SHOW_AFTER_SECONDS = 1.0
+
+
+@dataclass
+class _Settings:
+    quiet: bool = False
+
+
+_settings = _Settings()
+
+
+def set_quiet(quiet: bool) -> None:
+    """Print warnings only."""
+    _settings.quiet = quiet
+
+
+def stderr() -> Console:
+    """The console of progress and prose."""
+    return Console(stderr=True, highlight=False)
+
+
+def note(text: str) -> None:
+    """One line of prose for the person who runs the command."""
+    if not _settings.quiet:
+        stderr().print(escape(text), soft_wrap=True)
+
+
+def warn(text: str) -> None:
+    """Something that must be seen, also with --quiet."""
+    stderr().print(f"[bold yellow]warning:[/] {escape(text)}", soft_wrap=True)
+
+
+def error(text: str) -> None:
+    """Why the command could not do its work."""
+    stderr().print(f"[bold red]error:[/] {escape(text)}", soft_wrap=True)
+
+
+Advance = Callable[..., None]
+
+
+@contextmanager
+def progress(description: str, total: int) -> Iterator[Advance]:
+    """A progress bar. Yields `advance(count=1, status="")`; `status` is shown at the bar's end."""
+    console = stderr()
+    started = time.monotonic()
+    if _settings.quiet:
+        yield lambda count=1, status="": None
+        return
+    if not console.is_terminal:
+        last = {"status": ""}
+
+        def remember(count: int = 1, status: str = "") -> None:
+            last["status"] = status or last["status"]
+
+        yield remember
+        seconds = time.monotonic() - started
+        if seconds >= _SHOW_AFTER_SECONDS:
+            note(f"{description}: done in {seconds:.1f} s {last['status']}".rstrip())
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[status]}"),
+    )
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task(escape(description), total=total, status="")
+
+        def advance(count: int = 1, status: str = "") -> None:
+            bar.update(task, advance=count)
+            if status:
+                bar.update(task, status=escape(status))
+
+        yield advance

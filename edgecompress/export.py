@@ -1,0 +1,137 @@
+"""PyTorch to ONNX: the float file and the int8 QDQ file, each checked and loaded before it is given its name.
+
+What enters: a float module or a quantized graph. What leaves: one ONNX file with a dynamic batch, whose metadata
+says what the device must know: labels, input size, mean and std, and where the model came from.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnxruntime
+import torch
+from torch import Tensor, nn
+
+from edgecompress.errors import ExportError
+from edgecompress.onnx_rewrite import rewrite
+from edgecompress.preprocessing import Preprocessing
+from edgecompress.run_directory import atomic_path
+from edgecompress.target import Target
+
+INPUT_NAME = "input"
+OUTPUT_NAME = "logits"
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """What is written into the file's metadata beside the preprocessing."""
+
+    class_names: tuple[str, ...]
+    recipe_name: str
+    recipe_sha256: str
+    versions: dict[str, str]
+
+
+def export_onnx(
+    module: nn.Module,
+    example: Tensor,
+    path: Path,
+    *,
+    target: Target,
+    preprocessing: Preprocessing,
+    provenance: Provenance,
+    extra_metadata: dict[str, str],
+) -> dict[str, int]:
+    """Write `module` as ONNX; returns how often each graph rewrite was made.
+
+    Input `input`, float32 [batch, C, H, W], normalized; output `logits`, float32 [batch, classes]. Raises
+    ExportError when the exporter, the ONNX checker or ONNX Runtime refuses the model.
+    """
+    for child in module.modules():
+        child.training = False  # a converted graph refuses eval(), and its mode is fixed in its nodes anyway
+    try:
+        with warnings.catch_warnings():
+            # The exporter warns about its own internals (copyreg, deprecated enums), not about the model.
+            warnings.simplefilter("ignore", category=FutureWarning)
+            warnings.simplefilter("ignore", category=DeprecationWarning)
+            program = torch.onnx.export(
+                module,
+                (example,),
+                dynamo=True,
+                dynamic_shapes=({0: torch.export.Dim("batch", min=1)},),
+                input_names=[INPUT_NAME],
+                output_names=[OUTPUT_NAME],
+                opset_version=target.opset,
+                verbose=False,
+            )
+    except Exception as error:  # the exporter raises many unrelated types for graphs it cannot translate
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise ExportError(f"the model cannot be exported to ONNX: {lines[0]}") from error
+    if program is None:
+        raise ExportError("torch.onnx.export returned nothing")
+    model = program.model_proto
+    rewrites = rewrite(model)
+    _tidy(model, target)
+    _write_metadata(model, preprocessing, provenance, extra_metadata)
+    with atomic_path(path) as temporary:
+        onnx.save(model, str(temporary))
+        check_file(temporary)
+    return rewrites
+
+
+def _tidy(model: onnx.ModelProto, target: Target) -> None:
+    """Lower the IR version to what the target's runtime reads; drop the exporter's stack traces (and paths)."""
+    model.ir_version = target.ir_version
+    model.producer_name = "edgecompress"
+    model.doc_string = ""
+    model.graph.doc_string = ""
+    model.graph.name = "model"
+    del model.metadata_props[:]
+    del model.graph.metadata_props[:]
+    for element in [*model.graph.node, *model.graph.value_info, *model.graph.input, *model.graph.output]:
+        del element.metadata_props[:]
+        element.doc_string = ""
+    for tensor in model.graph.initializer:
+        del tensor.metadata_props[:]
+    # The runtime infers the inner shapes again; they would only add bytes.
+    del model.graph.value_info[:]
+
+
+def _write_metadata(
+    model: onnx.ModelProto, preprocessing: Preprocessing, provenance: Provenance, extra: dict[str, str]
+) -> None:
+    entries: dict[str, Any] = {
+        "preprocessing": json.dumps(preprocessing.to_dict()),
+        "labels": json.dumps(list(provenance.class_names), ensure_ascii=False),
+        "recipe": provenance.recipe_name,
+        "recipe_sha256": provenance.recipe_sha256,
+        "versions": json.dumps(provenance.versions),
+        **extra,
+    }
+    onnx.helper.set_model_props(model, {f"edgecompress.{key}": value for key, value in entries.items()})
+
+
+def check_file(path: Path) -> None:
+    """Run the ONNX checker with shape inference, then load the file. Raises ExportError."""
+    try:
+        onnx.checker.check_model(str(path), full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise ExportError(f"{path.name}: the ONNX checker refuses it: {str(error).splitlines()[0]}") from error
+    open_session(path)
+
+
+def open_session(path: Path, *, threads: int = 0) -> onnxruntime.InferenceSession:
+    """An ONNX Runtime session on the CPU provider; `threads` 0 uses every core. Raises ExportError."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = threads
+    try:
+        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime's exception classes share no public base
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise ExportError(f"{path}: ONNX Runtime cannot load it: {lines[0]}") from error

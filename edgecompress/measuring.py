@@ -1,0 +1,250 @@
+"""Fresh processes in, latencies with intervals out.
+
+What enters: ONNX files and how to run them. What leaves: raw latencies by process and window, the time that
+loading takes and the memory it costs. The measuring is done by `measure_worker` in processes of their
+own, because one process's luck lasts as long as it lives; this module only starts them, one at a time, and
+decides when enough is known.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from edgecompress import console
+from edgecompress.errors import ProfileError
+from edgecompress.statistics import (
+    Interval,
+    RatioInterval,
+    bootstrap_percentile_interval,
+    hierarchical_bootstrap_ratio,
+)
+
+WORKER = "edgecompress.measure_worker"
+MIN_PROCESSES = 5
+MAX_PROCESSES = 40
+WINDOW_MS = 60.0
+NARROW_ENOUGH = 0.015  # relative half-width of the 95 % interval at which measuring stops
+FRESH_PROCESSES = 3
+# Processes differ more than windows do, so the time allowed is cut into many short processes.
+_SHARES = 12
+_SHORTEST_SECONDS = 0.15
+_LONGEST_SECONDS = 4.0
+_TIMEOUT_SECONDS = 120.0
+_STDERR_LINES = 8
+Floats = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class LatencyMeasurement:
+    """Latencies of models that ran side by side.
+
+    `windows_ms[name][process][window]` is an array of latencies in ms, one per inference;
+    `reference_ms[process]` holds the fixed reference loop of each round.
+    """
+
+    windows_ms: dict[str, list[list[Floats]]]
+    reference_ms: list[Floats]
+    steady_processes: int
+    seconds: float
+    stopped_because: str
+
+    @property
+    def processes(self) -> int:
+        """Number of fresh processes."""
+        return len(self.reference_ms)
+
+    @property
+    def windows(self) -> int:
+        """Number of windows of each model, over all processes."""
+        return sum(len(reference) for reference in self.reference_ms)
+
+    @cached_property
+    def window_medians_ms(self) -> dict[str, list[Floats]]:
+        """Median latency of each window, by model and process."""
+        return {
+            name: [np.array([np.median(window) for window in windows]) for windows in processes]
+            for name, processes in self.windows_ms.items()
+        }
+
+    def latencies_ms(self, name: str) -> Floats:
+        """Every latency of one model, over all processes."""
+        return np.concatenate([window for process in self.windows_ms[name] for window in process])
+
+    def ratio(self, slower: str, faster: str) -> RatioInterval:
+        """How many times as long `slower` takes as `faster`."""
+        medians = self.window_medians_ms
+        return hierarchical_bootstrap_ratio(medians[slower], medians[faster])
+
+    def percentile(self, name: str, percentile: float) -> Interval:
+        """A latency percentile of one model, in ms."""
+        return bootstrap_percentile_interval(self.windows_ms[name], percentile)
+
+
+@dataclass(frozen=True)
+class FreshMeasurement:
+    """Loading one model: medians over fresh processes, and the smallest and largest value of each."""
+
+    load_ms: float
+    load_ms_range: tuple[float, float]
+    first_inference_ms: float
+    first_inference_ms_range: tuple[float, float]
+    peak_rss_bytes: int | None
+    peak_rss_bytes_range: tuple[int, int] | None
+    rss_before_load_bytes: int | None
+    processes: int
+
+
+def _environment() -> dict[str, str]:
+    """The worker's environment: the package importable, and no thread pool beside ONNX Runtime's own."""
+    package_root = str(Path(__file__).resolve().parent.parent)
+    paths = [package_root, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+    pools = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
+    return {**os.environ, **dict.fromkeys(pools, "1"), "PYTHONPATH": os.pathsep.join(paths)}
+
+
+def _ask_worker(request: Mapping[str, Any], *, what: str, timeout: float) -> dict[str, Any]:
+    """One request to one fresh process. Raises ProfileError with the end of its stderr."""
+    command = [sys.executable, "-m", WORKER]
+    try:
+        done = subprocess.run(
+            command, input=json.dumps(request), capture_output=True, text=True, timeout=timeout, env=_environment()
+        )
+    except subprocess.TimeoutExpired as error:
+        raise ProfileError(
+            f"measuring {what}: no answer within {timeout:.0f} s; the model is too slow or the machine too busy: "
+            "allow more time or measure a smaller model"
+        ) from error
+    except OSError as error:
+        raise ProfileError(f"measuring {what}: {sys.executable} could not be started: {error}") from error
+    tail = "\n".join(done.stderr.strip().splitlines()[-_STDERR_LINES:])
+    if done.returncode != 0:
+        hint = "; it was killed, most likely for want of memory" if done.returncode == -9 else ""
+        raise ProfileError(f"measuring {what}: the process ended with code {done.returncode}{hint}\n{tail}")
+    try:
+        answer = json.loads(done.stdout)
+    except ValueError as error:
+        raise ProfileError(f"measuring {what}: the process gave no readable answer\n{tail}") from error
+    if not isinstance(answer, dict):
+        raise ProfileError(f"measuring {what}: the process answered {type(answer).__name__}, not an object")
+    return answer
+
+
+def _request(mode: str, *, threads: int, providers: Sequence[str], input_npy: Path | None) -> dict[str, Any]:
+    images = None if input_npy is None else str(Path(input_npy).resolve())
+    return {"mode": mode, "threads": threads, "providers": list(providers), "input_npy": images}
+
+
+def _existing(models: Mapping[str, Path]) -> dict[str, str]:
+    missing = [str(path) for path in models.values() if not Path(path).is_file()]
+    if missing or not models:
+        raise ProfileError(f"measuring: no such model file: {', '.join(missing) or 'none given'}; export it first")
+    return {name: str(Path(path).resolve()) for name, path in models.items()}
+
+
+def _widest(measurement: LatencyMeasurement) -> float:
+    """The relative half-width that must shrink: of the ratios to the first model, or of its own median."""
+    first, *others = measurement.windows_ms
+    if not others:
+        return measurement.percentile(first, 50).relative_half_width
+    return max(measurement.ratio(first, other).relative_half_width for other in others)
+
+
+def measure_latency(
+    models: Mapping[str, Path],
+    *,
+    threads: int,
+    providers: Sequence[str],
+    input_npy: Path | None,
+    processes: int = MIN_PROCESSES,
+    seconds: float = 30.0,
+    narrow_enough: float = NARROW_ENOUGH,
+) -> LatencyMeasurement:
+    """Measure models side by side in at least `processes` fresh processes.
+
+    Goes on, process by process, until the 95 % interval of the latency ratio has a relative half-width below
+    `narrow_enough` or `seconds` (start-up included) are spent; `stopped_because` says which. `input_npy` holds
+    preprocessed images [N, ...], run one at a time; None stands for random ones. Raises ProfileError.
+    """
+    paths = _existing(models)
+    share = min(max(seconds / _SHARES, _SHORTEST_SECONDS), _LONGEST_SECONDS)
+    request = _request("latency", threads=threads, providers=providers, input_npy=input_npy)
+    request |= {"models": paths, "seconds": share, "window_ms": min(WINDOW_MS, share * 1e3 / 10)}
+    windows: dict[str, list[list[Floats]]] = {name: [] for name in paths}
+    reference: list[Floats] = []
+    steady, started = 0, time.monotonic()
+    what = " and ".join(paths)
+    with console.progress(f"measuring {what}", processes) as advance:
+        while True:
+            # Who is loaded first gets another memory layout, so processes take turns.
+            order = list(paths) if len(reference) % 2 == 0 else list(reversed(paths))
+            answer = _ask_worker(request | {"order": order}, what=what, timeout=_TIMEOUT_SECONDS + 10 * share)
+            for name in paths:
+                windows[name].append([np.array(window) for window in answer["windows_ms"][name]])
+            reference.append(np.array(answer["reference_ms"]))
+            steady += bool(answer["steady"])
+            spent = time.monotonic() - started
+            if len(reference) < processes:
+                advance(1)
+                continue
+            so_far = LatencyMeasurement(dict(windows), list(reference), steady, spent, "")
+            width = _widest(so_far)
+            advance(1, f"{len(reference)} processes, interval +-{width:.1%}")
+            reason = None
+            if width < narrow_enough:
+                reason = f"the 95 % interval is within {width:.1%}, which is narrow enough ({narrow_enough:.1%})"
+            elif len(reference) >= MAX_PROCESSES:
+                reason = f"{MAX_PROCESSES} processes were measured; the 95 % interval is within {width:.1%}"
+            elif spent * (1 + 1 / len(reference)) > seconds:
+                reason = f"the time allowed ({seconds:g} s) is spent; the 95 % interval is within {width:.1%}"
+            if reason is not None:
+                return LatencyMeasurement(windows, reference, steady, spent, reason)
+
+
+def measure_fresh(
+    model: Path,
+    *,
+    threads: int,
+    providers: Sequence[str],
+    input_npy: Path | None,
+    processes: int = FRESH_PROCESSES,
+) -> FreshMeasurement:
+    """Load time, first inference and memory of one model, each from `processes` fresh processes.
+
+    The file is in the page cache after the first of them. Raises ProfileError.
+    """
+    path = _existing({"model": model})["model"]
+    request = _request("fresh", threads=threads, providers=providers, input_npy=input_npy) | {"model": path}
+    what = f"loading of {Path(model).name}"
+    answers = [_ask_worker(request, what=what, timeout=_TIMEOUT_SECONDS) for _ in range(processes)]
+
+    def spread(key: str) -> tuple[Any, Any, Any]:
+        values = [answer[key] for answer in answers if answer[key] is not None]
+        if not values:
+            return None, None, None
+        return statistics.median(values), min(values), max(values)
+
+    load, first, peak = spread("load_ms"), spread("first_inference_ms"), spread("peak_rss_bytes")
+    before = spread("rss_before_load_bytes")[0]
+    return FreshMeasurement(
+        load_ms=load[0],
+        load_ms_range=load[1:],
+        first_inference_ms=first[0],
+        first_inference_ms_range=first[1:],
+        peak_rss_bytes=None if peak[0] is None else int(peak[0]),
+        peak_rss_bytes_range=None if peak[0] is None else peak[1:],
+        rss_before_load_bytes=None if before is None else int(before),
+        processes=processes,
+    )

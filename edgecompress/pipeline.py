@@ -1,0 +1,219 @@
+"""The commands as functions: apply, export, profile, report, and `run`, which is all four.
+
+What enters: what the command line parsed. What leaves: the run directory and an `Outcome`. Only this module and
+the command line see the whole pipeline.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+
+from edgecompress import console
+from edgecompress.apply_run import apply_recipe, start_manifest
+from edgecompress.errors import RunError
+from edgecompress.export_run import export_folder, export_run
+from edgecompress.profile_run import profile_run
+from edgecompress.recipe import Recipe, load_recipe
+from edgecompress.report import ReportPaths, write_report
+from edgecompress.run_directory import Json, RunDirectory, new_run_path, newest_run
+from edgecompress.run_state import missed_gates, recipe_document
+from edgecompress.target import Target, load_target
+
+DEFAULT_PROFILE_SECONDS = 20.0
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a command did: where, what it left, and which gates or budgets were missed, in words."""
+
+    run: RunDirectory
+    manifest: Json
+    missed: list[str] = field(default_factory=list)
+    profiles: dict[str, Json] = field(default_factory=dict)
+    reports: dict[str, ReportPaths] = field(default_factory=dict)
+
+
+def open_run(path: Path | None) -> RunDirectory:
+    """The run at `path`, or the newest one. Raises RunError."""
+    run = RunDirectory(path if path is not None else newest_run())
+    run.read_manifest()
+    return run
+
+
+def apply(
+    recipe_source: str,
+    *,
+    target: str | None = None,
+    overrides: Sequence[str] = (),
+    output: Path | None = None,
+    resume: bool = False,
+    command: str = "",
+) -> Outcome:
+    """Apply a recipe's stages in PyTorch."""
+    recipe = load_recipe(recipe_source, overrides)
+    resolved = load_target(target) if target is not None else None
+    names = [resolved.name] if resolved else []
+    run = _start(recipe, recipe_source, overrides, names, output, resume, command)
+    if run.read_manifest()["status"] == "complete":
+        return _already_complete(run)
+    with _recorded(run, final=True):
+        apply_recipe(recipe, run, resolved)
+    manifest = run.read_manifest()
+    return Outcome(run, manifest, missed_gates(manifest))
+
+
+def export(
+    path: Path | None, *, target: str | None = None, int8: bool = False, overrides: Sequence[str] = ()
+) -> Outcome:
+    """Export a run's models and check parity."""
+    run = open_run(path)
+    resolved = _target_of(run, target)
+    export_run(run, resolved, int8=int8, overrides=tuple(overrides))
+    manifest = run.read_manifest()
+    return Outcome(run, manifest, missed_gates(manifest, resolved.name))
+
+
+def profile(path: Path | None, *, target: str, seconds: float = DEFAULT_PROFILE_SECONDS) -> Outcome:
+    """Measure a run's exported files on a target, judge them and write the report."""
+    run = open_run(path)
+    resolved = load_target(target)
+    document = profile_run(run, resolved, folder=export_folder(run, resolved), seconds=seconds)
+    report = write_report(run, resolved.name)
+    return Outcome(run, run.read_manifest(), document["missed"], {resolved.name: document}, {resolved.name: report})
+
+
+def report(path: Path | None, *, target: str | None = None) -> Outcome:
+    """Write the report of one target, or of every target that was profiled."""
+    run = open_run(path)
+    manifest = run.read_manifest()
+    names = [load_target(target).name] if target else _profiled(run) or list(manifest.get("targets", []))
+    if not names:
+        raise RunError(f"{run.path}: no target yet; first: edgecompress profile {run.path} --target x86")
+    return Outcome(run, manifest, reports={name: write_report(run, name) for name in names})
+
+
+def run(
+    recipe_source: str,
+    *,
+    targets: Sequence[str],
+    overrides: Sequence[str] = (),
+    output: Path | None = None,
+    resume: bool = False,
+    seconds: float = DEFAULT_PROFILE_SECONDS,
+    command: str = "",
+) -> Outcome:
+    """Apply, export with int8, profile and report, for one target or several."""
+    recipe = load_recipe(recipe_source, overrides)
+    resolved = [load_target(target) for target in dict.fromkeys(targets)]
+    names = [target.name for target in resolved]
+    directory = _start(recipe, recipe_source, overrides, names, output, resume, command)
+    if directory.read_manifest()["status"] == "complete":
+        return _already_complete(directory)
+    profiles: dict[str, Json] = {}
+    reports: dict[str, ReportPaths] = {}
+    with _recorded(directory, final=True):
+        apply_recipe(recipe, directory, resolved[0])
+        for target in resolved:
+            folder = export_folder(directory, target)
+            export_run(directory, target, int8=True)
+            profiles[target.name] = profile_run(directory, target, folder=folder, seconds=seconds)
+    # The report is written last, so that it says "complete".
+    for target in resolved:
+        reports[target.name] = write_report(directory, target.name)
+    manifest = directory.update_manifest(lambda m: m.update(artifacts=directory.artifacts()))
+    missed = [*missed_gates(manifest), *(text for profile in profiles.values() for text in profile["missed"])]
+    return Outcome(directory, manifest, list(dict.fromkeys(missed)), profiles, reports)
+
+
+def _start(
+    recipe: Recipe,
+    source: str,
+    overrides: Sequence[str],
+    targets: list[str],
+    output: Path | None,
+    resume: bool,
+    command: str,
+) -> RunDirectory:
+    """A new run directory, or with `resume` the one that is there. Nothing is overwritten unasked."""
+    directory = RunDirectory(output if output is not None else new_run_path(recipe.name))
+    if directory.manifest_path.exists():
+        if not resume:
+            raise RunError(f"{directory.path}: a run is already there; go on with --resume, or choose another --output")
+        manifest = directory.read_manifest()
+        if manifest["recipe"] != recipe_document(recipe):
+            changed = _differences(manifest["recipe"], recipe_document(recipe))
+            raise RunError(
+                f"{directory.path}: was made with another recipe ({', '.join(changed[:5])}); "
+                "repeat the same command, or choose another --output"
+            )
+        missing = [name for name in targets if name not in manifest["targets"]]
+        if missing:
+            directory.update_manifest(lambda m: m.update(targets=[*m["targets"], *missing], status="running"))
+        return directory
+    if directory.path.exists() and (not directory.path.is_dir() or any(directory.path.iterdir())):
+        raise RunError(f"{directory.path}: exists and is no run directory; choose another --output")
+    if resume and output is None:
+        raise RunError("--resume needs --output DIR, the run to go on with")
+    try:
+        directory.path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunError(f"{directory.path}: cannot be created: {error.strerror}; choose another --output") from error
+    directory.write_manifest(
+        start_manifest(recipe, source=source, overrides=list(overrides), targets=targets, command=command)
+    )
+    console.note(f"run directory: {directory.path}")
+    return directory
+
+
+def _differences(old: object, new: object, place: str = "") -> list[str]:
+    """Dotted places at which two documents differ."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = list(dict.fromkeys([*old, *new]))
+        return [text for key in keys for text in _differences(old.get(key), new.get(key), f"{place}.{key}".lstrip("."))]
+    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        pairs = enumerate(zip(old, new, strict=True))
+        return [text for i, (a, b) in pairs for text in _differences(a, b, f"{place}.{i}")]
+    return [] if old == new else [f"{place}: {old!r} there, {new!r} now"]
+
+
+@contextmanager
+def _recorded(run: RunDirectory, *, final: bool) -> Iterator[None]:
+    """Write the run's status whatever happens, and say how to go on when it failed."""
+    try:
+        yield
+    except BaseException as error:
+        message = "interrupted" if isinstance(error, KeyboardInterrupt) else str(error)
+        run.update_manifest(lambda m: m.update(status="failed", error=message, finished_at=_now()))
+        console.note(f"what was done is kept; go on with the same command and: --output {run.path} --resume")
+        raise
+    if final:
+        run.update_manifest(lambda m: m.update(status="complete", error=None, finished_at=_now()))
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _already_complete(run: RunDirectory) -> Outcome:
+    console.note(f"{run.path}: complete, nothing to do")
+    return Outcome(run, run.read_manifest())
+
+
+def _target_of(run: RunDirectory, target: str | None) -> Target:
+    """The target named, the run's first, or x86 / arm64 by the machine at hand."""
+    from edgecompress.machine import architecture
+
+    if target is not None:
+        return load_target(target)
+    names = run.read_manifest().get("targets") or []
+    if names:
+        return load_target(str(names[0]))
+    return load_target("arm64" if architecture() == "aarch64" else "x86")
+
+
+def _profiled(run: RunDirectory) -> list[str]:
+    return sorted(path.stem for path in (run.path / "profile").glob("*.json"))

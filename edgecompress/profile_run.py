@@ -1,0 +1,76 @@
+"""`profile`: measure a run's exported files on a target, and judge them.
+
+What enters: a run directory with its export done, and a target. What leaves: profile/<target>.json with the verdict.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from edgecompress.checkpoint import rebuild
+from edgecompress.errors import RunError
+from edgecompress.profiling import profile_models
+from edgecompress.run_directory import Json, RunDirectory, write_json
+from edgecompress.run_state import last_float_id, missed_gates, recipe_of
+from edgecompress.target import Target
+from edgecompress.verdict import decide
+
+
+def profile_run(run: RunDirectory, target: Target, *, folder: Path, seconds: float) -> Json:
+    """Measure model.onnx and, where there is one, model.int8.onnx of `folder`; returns the profile's document.
+
+    `seconds` bounds the time spent on latency. Raises RunError when nothing was exported for this target.
+    """
+    models = {"fp32": folder / "model.onnx", "int8": folder / "model.int8.onnx"}
+    present = {name: path for name, path in models.items() if path.is_file()}
+    if "fp32" not in present:
+        raise RunError(
+            f"{run.path}: nothing exported for target {target.name}; "
+            f"first: edgecompress export {run.path} --int8 --target {target.name}"
+        )
+    manifest = run.read_manifest()
+    with tempfile.TemporaryDirectory() as scratch:
+        inputs = _normalized_samples(run, manifest, folder, Path(scratch))
+        profile = profile_models(present, target=target, input_npy=inputs, seconds=seconds)
+    verdict = decide(
+        profile,
+        target=target,
+        gates_missed=missed_gates(manifest, target.name),
+        accuracy_drop=_accuracy_drop(manifest, "int8" in present),
+    )
+    profile |= {
+        "verdict": verdict.verdict,
+        "reasons": verdict.reasons,
+        "missed": verdict.missed,
+        "target_facts": target.model_dump(mode="json"),
+    }
+    write_json(run.profile_path(target.name), profile)
+    run.update_manifest(lambda m: m.update(artifacts=run.artifacts()))
+    return profile
+
+
+def _normalized_samples(run: RunDirectory, manifest: Json, folder: Path, scratch: Path) -> Path | None:
+    """The sample images as the model reads them, or None where the export left none."""
+    stored = folder / "samples.npy"
+    if not stored.is_file():
+        return None
+    checkpoint, _ = rebuild(run.stage(last_float_id(recipe_of(manifest))))
+    images = torch.from_numpy(np.load(stored, allow_pickle=False))
+    path = scratch / "input.npy"
+    np.save(path, checkpoint.architecture.preprocessing.normalize(images).numpy())
+    return path
+
+
+def _accuracy_drop(manifest: Json, has_int8: bool) -> float | None:
+    """Accuracy of the first model minus that of the model that ships; None where either is unknown."""
+    recipe = recipe_of(manifest)
+    stage_id = recipe.quantize_stage.id if has_int8 else last_float_id(recipe)
+    entry = next((e for e in manifest["stages"] if e["id"] == stage_id), {})
+    baseline = manifest.get("baseline", {})
+    if not recipe.has_trained_weights or "accuracy" not in entry or "accuracy" not in baseline:
+        return None
+    return float(baseline["accuracy"]) - float(entry["accuracy"])

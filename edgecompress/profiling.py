@@ -1,0 +1,227 @@
+"""Exported models in, the profile of a target out: latency, memory, size, and what runs on integers.
+
+What enters: `fp32` and, where there is one, `int8` ONNX files, and the target. What leaves: the document
+`profile/<target>.json`, without the verdict. Where the machine at hand is not the target nothing that
+depends on the clock or on memory in use is given: those fields are null, `measured` is false, and what the
+files themselves say (size, MACs, integer coverage) is still there.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+
+from edgecompress import console
+from edgecompress.errors import ProfileError
+from edgecompress.integer_graph import inspect_integer_graph
+from edgecompress.machine import describe_machine, fits, has_vnni, summarize_machine, versions
+from edgecompress.measuring import (
+    NARROW_ENOUGH,
+    WINDOW_MS,
+    FreshMeasurement,
+    LatencyMeasurement,
+    measure_fresh,
+    measure_latency,
+)
+from edgecompress.target import Target
+
+NOISY_FRACTION = 0.05  # spread of the reference loop above which the machine counts as busy
+_PERCENTILES = (50, 90, 99)
+_ISLANDS = 20
+Json = dict[str, Any]
+
+
+def profile_models(
+    models: Mapping[str, Path], *, target: Target, input_npy: Path | None, seconds: float = 30.0
+) -> Json:
+    """Profile `fp32` and perhaps `int8` for a target; returns the document of `profile/<target>.json`.
+
+    `input_npy` holds preprocessed images [N, ...]; `seconds` bounds the measuring of latency. Latencies are in
+    ms, sizes in bytes, shares are fractions. Raises ProfileError.
+    """
+    if "fp32" not in models or set(models) - {"fp32", "int8"}:
+        raise ProfileError(f"profile: models are named fp32 and int8, and fp32 must be there; got {sorted(models)}")
+    paths = {name: Path(models[name]) for name in ("fp32", "int8") if name in models}
+    static = {name: _static(path) for name, path in paths.items()}
+    reasons = fits(target) + _runtime_reasons(target)
+    machine = describe_machine()
+    document: Json = {
+        "target": target.name,
+        "measured": not reasons,
+        "not_measured_because": reasons,
+        "device": {
+            "summary": target.description or target.name if reasons else summarize_machine(machine),
+            "is_target": not reasons,
+            "machine": None if reasons else machine,
+        },
+        "inspected_on": summarize_machine(machine),
+        "versions": versions(),
+        "models": {},
+        "int8_speedup": {"ratio": None, "ci95": None},
+        "int8_mac_coverage": static["int8"]["int8_mac_coverage"] if "int8" in static else None,
+        "noise": None,
+        "method": None,
+        "notes": _notes(target, measured=not reasons, machine=machine, has_images=input_npy is not None),
+    }
+    if reasons:
+        console.note(f"{target.name} is not at hand, so no latency is measured: {'; '.join(reasons)}")
+        document["models"] = {name: {**_no_timing(), **facts} for name, facts in static.items()}
+        return document
+
+    how: Json = {"threads": target.threads, "providers": target.providers, "input_npy": input_npy}
+    fresh = {name: measure_fresh(path, **how) for name, path in paths.items()}
+    latency = measure_latency(paths, seconds=seconds, **how)
+    document["models"] = {name: {**_timing(latency, name), **_loading(fresh[name]), **static[name]} for name in paths}
+    if "int8" in paths:
+        ratio = latency.ratio("fp32", "int8")
+        document["int8_speedup"] = {"ratio": ratio.ratio, "ci95": [ratio.low, ratio.high]}
+    document["noise"] = _noise(latency)
+    document["method"] = _method(latency, target, fresh["fp32"].processes)
+    document["notes"] += _noise_notes(document["noise"])
+    return document
+
+
+def _compressed_bytes(path: Path) -> int:
+    """Size after gzip: what a download costs, and where unstructured sparsity shows."""
+    compressor = zlib.compressobj(6, zlib.DEFLATED, 31)  # 31: a gzip header
+    total = 0
+    with path.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            total += len(compressor.compress(block))
+    return total + len(compressor.flush())
+
+
+def _static(path: Path) -> Json:
+    """What the file says by itself, whatever the machine."""
+    graph = inspect_integer_graph(path)
+    return {
+        "size_bytes": path.stat().st_size,
+        "size_bytes_compressed": _compressed_bytes(path),
+        "weights_bytes": graph.weights_bytes,
+        "macs": graph.macs,
+        "int8_mac_coverage": graph.int8_mac_coverage,
+        "integer_nodes": graph.integer_nodes,
+        "quantize_nodes": graph.quantize_nodes,
+        "dequantize_nodes": graph.dequantize_nodes,
+        "op_counts": graph.op_counts,
+        "uncounted_ops": graph.uncounted_ops,
+        "float_islands_total": len(graph.float_islands),
+        "float_islands": graph.float_islands[:_ISLANDS],
+    }
+
+
+def _runtime_reasons(target: Target) -> list[str]:
+    missing = [name for name in target.providers if name not in ort.get_available_providers()]
+    return [f"this ONNX Runtime has no {', '.join(missing)}"] if missing else []
+
+
+def _no_timing() -> Json:
+    latency: Json = {f"p{percentile}": None for percentile in _PERCENTILES}
+    latency |= {"mean": None} | {f"p{percentile}_ci95": None for percentile in _PERCENTILES}
+    loading = ("load_ms", "first_inference_ms", "peak_rss_bytes")
+    null: Json = dict.fromkeys(("throughput_per_s", *loading, *(f"{name}_range" for name in loading)))
+    return {"latency_ms": latency, **null, "rss_before_load_bytes": None}
+
+
+def _timing(measurement: LatencyMeasurement, name: str) -> Json:
+    latency: Json = {}
+    for percentile in _PERCENTILES:
+        interval = measurement.percentile(name, percentile)
+        latency[f"p{percentile}"] = interval.value
+        latency[f"p{percentile}_ci95"] = [interval.low, interval.high]
+    mean = float(measurement.latencies_ms(name).mean())
+    latency["mean"] = mean
+    return {"latency_ms": latency, "throughput_per_s": 1000.0 / mean}
+
+
+def _loading(fresh: FreshMeasurement) -> Json:
+    return {
+        "load_ms": fresh.load_ms,
+        "load_ms_range": list(fresh.load_ms_range),
+        "first_inference_ms": fresh.first_inference_ms,
+        "first_inference_ms_range": list(fresh.first_inference_ms_range),
+        "peak_rss_bytes": fresh.peak_rss_bytes,
+        "peak_rss_bytes_range": None if fresh.peak_rss_bytes_range is None else list(fresh.peak_rss_bytes_range),
+        "rss_before_load_bytes": fresh.rss_before_load_bytes,
+    }
+
+
+def _spread(values: Sequence[float] | np.ndarray[Any, Any]) -> float:
+    """Interquartile range as a fraction of the median."""
+    low, middle, high = np.percentile(values, [25, 50, 75])
+    return float((high - low) / middle)
+
+
+def _noise(measurement: LatencyMeasurement) -> Json:
+    reference = np.concatenate(measurement.reference_ms)
+    medians = {
+        name: np.array([np.median(process) for process in processes])
+        for name, processes in measurement.window_medians_ms.items()
+    }
+    return {
+        "reference_ms": float(np.median(reference)),
+        "reference_spread": _spread(reference),
+        "reference_p99_over_median": float(np.percentile(reference, 99) / np.median(reference)),
+        "processes_range": {name: float(m.max() / m.min() - 1) for name, m in medians.items()},
+        "steady_processes": measurement.steady_processes,
+        "processes": measurement.processes,
+    }
+
+
+def _noise_notes(noise: Json) -> list[str]:
+    notes = []
+    if noise["reference_spread"] > NOISY_FRACTION:
+        notes.append(
+            f"The machine was busy: a fixed loop of {noise['reference_ms']:.2f} ms varied by "
+            f"{noise['reference_spread']:.0%} (quartiles). Measure again when it is idle."
+        )
+    unsteady = noise["processes"] - noise["steady_processes"]
+    if unsteady:
+        notes.append(f"{unsteady} of {noise['processes']} processes were not steady when their warm-up time ended.")
+    return notes
+
+
+def _method(measurement: LatencyMeasurement, target: Target, fresh_processes: int) -> Json:
+    return {
+        "processes": measurement.processes,
+        "windows_per_model": measurement.windows,
+        "inferences": {name: len(measurement.latencies_ms(name)) for name in measurement.windows_ms},
+        "window_ms_at_most": WINDOW_MS,
+        "batch": 1,
+        "threads": target.threads,
+        "providers": list(target.providers),
+        "graph_optimization": "all",
+        "interleaved": len(measurement.windows_ms) > 1,
+        "narrow_enough": NARROW_ENOUGH,
+        "seconds": measurement.seconds,
+        "stopped_because": measurement.stopped_because,
+        "interval": "95 %, Student's t over processes, bootstrap over windows",
+        "fresh_processes_per_model": fresh_processes,
+        "load_and_memory": "median of fresh processes; Python and ONNX Runtime included; file in the page cache",
+    }
+
+
+def _notes(target: Target, *, measured: bool, machine: Json, has_images: bool) -> list[str]:
+    notes: list[str] = []
+    if not measured:
+        if machine["architecture"] != target.architecture:
+            notes.append(f"Operators were counted by ONNX Runtime on {machine['architecture']}.")
+        return notes
+    if target.architecture == "x86_64" and target.int8.weight_bits == 7 and has_vnni():
+        notes.append("The target describes a machine without VNNI; this one has it, so int8 may be faster here.")
+    if target.isa and machine["isa"] is None:
+        notes.append("This system does not list CPU features; that the machine has the target's is taken on trust.")
+    if machine["cores"] is not None and machine["cores"] < target.threads:
+        notes.append(f"The target runs {target.threads} threads; this machine offers {machine['cores']} cores.")
+    if target.cores is not None and machine["cores"] is not None and machine["cores"] > target.cores:
+        notes.append(f"This machine offers {machine['cores']} cores, the target has {target.cores}.")
+    if machine["governor"] not in (None, "performance"):
+        notes.append(f"The CPU's frequency governor is '{machine['governor']}'; 'performance' gives steadier numbers.")
+    if not has_images:
+        notes.append("Random images were used.")
+    return notes

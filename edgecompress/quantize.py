@@ -1,0 +1,248 @@
+"""Static int8 post-training quantization in PyTorch.
+
+What enters: a float module in eval mode and calibration images. What leaves: a `QuantizedModel` whose graph holds
+the int8 weights and every scale, ready for export as QDQ ONNX. PyTorch and ONNX Runtime share one set
+of scales, so what is measured here is what the device computes, up to rounding.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.fx import GraphModule, Node
+from torchao.quantization.pt2e.observer import MinMaxObserver
+from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+
+from edgecompress import console
+from edgecompress.calibration import activation_observer
+from edgecompress.errors import QuantizationError, RunError
+from edgecompress.machine import has_vnni
+from edgecompress.quantizer import OnnxRuntimeQuantizer, Scheme
+from edgecompress.recipe import QuantizeStage
+from edgecompress.run_directory import atomic_path, write_text
+from edgecompress.target import Target
+
+_SCALES = "activation_scales"
+_ZERO_POINTS = "activation_zero_points"
+_quantized_ops = torch.ops.quantized_decomposed
+_QUANTIZE = _quantized_ops.quantize_per_tensor.default
+_DEQUANTIZE = _quantized_ops.dequantize_per_tensor.default
+_DEQUANTIZE_CHANNELS = _quantized_ops.dequantize_per_channel.default
+
+
+@dataclass(frozen=True)
+class QuantizedModel:
+    """An int8 model: the exportable graph, its scheme, and what was quantized."""
+
+    graph: GraphModule
+    scheme: Scheme
+    quantized_layers: tuple[str, ...]
+    float_layers: tuple[str, ...]
+    exclude: tuple[str, ...]
+
+    def simulation(self) -> GraphModule:
+        """The same numbers with fused fake-quantize kernels and weights read back once: several times faster."""
+        return _simulation(self.graph)
+
+
+def resolve_scheme(stage: QuantizeStage, target: Target | None) -> tuple[Scheme, str]:
+    """Settle every `auto` of the scheme; returns the scheme and the reason for the weight range, in words."""
+    activations = stage.scheme.activations or (target.int8.activations if target else "auto")
+    bits = stage.scheme.weight_bits or (target.int8.weight_bits if target else "auto")
+    is_arm = target is not None and target.architecture == "aarch64"
+    if activations == "auto":
+        activations = "int8" if is_arm else "uint8"
+    if bits != "auto":
+        source = "recipe" if stage.scheme.weight_bits else f"target {target.name}" if target else "default"
+        return Scheme(activations, int(bits)), f"{bits}-bit weights, as the {source} says"
+    if is_arm:
+        return Scheme(activations, 8), "8-bit weights: Arm kernels do not saturate"
+    if has_vnni():
+        return Scheme(activations, 8), "8-bit weights: this CPU has VNNI, whose sums cannot saturate"
+    return (
+        Scheme(activations, 7),
+        "7-bit weights: this CPU has no VNNI, and its 16-bit sums saturate with 8-bit weights",
+    )
+
+
+def capture(module: nn.Module, example: Tensor) -> GraphModule:
+    """Capture a module with `torch.export`, batch dimension dynamic. Works on a deep copy.
+
+    The copy matters: a captured graph shares its parameters with the module, and PT2E folds batch norm into
+    them. `example` is a float batch [N, C, H, W] with N at least 2.
+    """
+    twin = copy.deepcopy(module).eval().to("cpu").float()
+    try:
+        program = torch.export.export(twin, (example,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
+        captured = program.module()
+    except Exception as error:  # torch.export raises many unrelated types for code it cannot trace
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise QuantizationError(
+            f"the model cannot be captured by torch.export: {lines[0]}; "
+            "its forward must not depend on tensor values, and must take one image batch of any size"
+        ) from error
+    assert isinstance(captured, GraphModule)
+    return captured
+
+
+def quantize(
+    module: nn.Module,
+    *,
+    stage: QuantizeStage,
+    scheme: Scheme,
+    calibration: Callable[[], Iterator[Tensor]],
+    batches: int,
+    example: Tensor,
+) -> QuantizedModel:
+    """Calibrate and convert `module`; each call of `calibration` yields the same normalized batches [N, C, H, W].
+
+    Raises QuantizationError when the model has no layer that can be int8 or its ranges are not finite.
+    """
+    observer = activation_observer(stage.calibration.method, stage.calibration.percentile)
+    quantizer = OnnxRuntimeQuantizer(scheme, observer, stage.exclude)
+    prepared = prepare_pt2e(capture(module, example), quantizer)
+    if not quantizer.placement.quantized:
+        raise QuantizationError("no layer of the model can be int8: it holds no Conv2d or Linear outside of exclude")
+    with torch.no_grad(), console.progress("calibrating", batches) as advance:
+        for batch in calibration():
+            prepared(batch)
+            advance()
+    _check_ranges(prepared)
+    return QuantizedModel(
+        graph=convert_pt2e(prepared),
+        scheme=scheme,
+        quantized_layers=tuple(layer.module_name for layer in quantizer.placement.quantized),
+        float_layers=tuple(quantizer.placement.float_layers),
+        exclude=stage.exclude,
+    )
+
+
+def _check_ranges(prepared: GraphModule) -> None:
+    for name, child in prepared.named_modules():
+        low, high = getattr(child, "min_val", None), getattr(child, "max_val", None)
+        if isinstance(low, Tensor) and isinstance(high, Tensor) and low.numel() and high.numel():
+            if not (torch.isfinite(low).all() and torch.isfinite(high).all()):
+                raise QuantizationError(
+                    f"{name}: activation range is not finite after calibration; "
+                    "the model gives infinity or NaN on calibration images, or never ran"
+                )
+
+
+def _activation_nodes(graph: GraphModule) -> list[Node]:
+    """Every per-tensor quantize and dequantize node, in graph order."""
+    return [node for node in graph.graph.nodes if node.target in (_QUANTIZE, _DEQUANTIZE)]
+
+
+def _constants(graph: GraphModule) -> dict[str, Tensor]:
+    """The tensors that the graph reads, by name; the float weights it no longer needs are not among them."""
+    names = {str(node.target) for node in graph.graph.nodes if node.op == "get_attr"}
+    known = dict(graph.named_parameters()) | dict(graph.named_buffers())
+    return {name: known[name] for name in sorted(names & known.keys())}
+
+
+def _restore_constants(graph: GraphModule, tensors: dict[str, Tensor]) -> None:
+    """Copy stored tensors over the graph's own. Raises KeyError or RuntimeError where they do not fit."""
+    constants = _constants(graph)
+    if constants.keys() != tensors.keys():
+        raise KeyError(f"tensors {sorted(constants.keys() ^ tensors.keys())[:3]}")
+    with torch.no_grad():
+        for name, constant in constants.items():
+            if constant.shape != tensors[name].shape or constant.dtype != tensors[name].dtype:
+                raise RuntimeError(f"{name}: {tuple(tensors[name].shape)} for {tuple(constant.shape)}")
+            constant.copy_(tensors[name])
+
+
+def save_quantized(model: QuantizedModel, folder: Path, *, float_model: dict[str, Any]) -> None:
+    """Write model.safetensors (int8 weights, scales) and model.json (how to rebuild the float graph below them).
+
+    `float_model` is the model.json of the float stage that was quantized.
+    """
+    nodes = _activation_nodes(model.graph)
+    tensors = {name: tensor.detach().contiguous().clone() for name, tensor in _constants(model.graph).items()}
+    tensors[_SCALES] = torch.tensor([float(node.args[1]) for node in nodes], dtype=torch.float64)  # type: ignore[arg-type]
+    tensors[_ZERO_POINTS] = torch.tensor([int(node.args[2]) for node in nodes], dtype=torch.int64)  # type: ignore[arg-type]
+    description = {
+        **float_model,
+        "quantized": {
+            "scheme": model.scheme.to_dict(),
+            "exclude": list(model.exclude),
+            "quantized_layers": list(model.quantized_layers),
+            "float_layers": list(model.float_layers),
+        },
+    }
+    with atomic_path(folder / "model.safetensors") as temporary:
+        save_file(tensors, temporary)
+    write_text(folder / "model.json", json.dumps(description, indent=2) + "\n")
+
+
+def load_quantized(folder: Path, module: nn.Module, description: dict[str, Any], example: Tensor) -> QuantizedModel:
+    """Rebuild an int8 model: capture `module` (its weights do not matter), then put the stored numbers in place.
+
+    Raises RunError when the files do not fit each other.
+    """
+    facts = description["quantized"]
+    scheme = Scheme(facts["scheme"]["activations"], int(facts["scheme"]["weight_bits"]))
+    quantizer = OnnxRuntimeQuantizer(scheme, MinMaxObserver, facts["exclude"])
+    prepared = prepare_pt2e(capture(module, example), quantizer)
+    with torch.no_grad():
+        prepared(example)
+    graph = convert_pt2e(prepared)
+    try:
+        tensors = load_file(folder / "model.safetensors")
+        scales, zero_points = tensors.pop(_SCALES).tolist(), tensors.pop(_ZERO_POINTS).tolist()
+        nodes = _activation_nodes(graph)
+        if len(nodes) != len(scales):
+            raise RunError(f"{folder}: {len(scales)} scales for a graph with {len(nodes)}; made by other versions?")
+        for node, scale, zero_point in zip(nodes, scales, zero_points, strict=True):
+            node.args = (node.args[0], float(scale), int(zero_point), *node.args[3:])
+        _restore_constants(graph, tensors)
+    except (OSError, KeyError, RuntimeError, SafetensorError) as error:
+        raise RunError(f"{folder}: the int8 model cannot be rebuilt: {error}; run the quantize stage again") from error
+    graph.recompile()
+    return QuantizedModel(
+        graph, scheme, tuple(facts["quantized_layers"]), tuple(facts["float_layers"]), tuple(facts["exclude"])
+    )
+
+
+def _simulation(converted: GraphModule) -> GraphModule:
+    """Replace quantize-dequantize pairs by one fake-quantize kernel, and int8 constants by the floats they mean."""
+    twin = copy.deepcopy(converted)
+    constants = _constants(twin)
+    for node in list(twin.graph.nodes):
+        if node.target not in (_DEQUANTIZE, _DEQUANTIZE_CHANNELS):
+            continue
+        source = node.args[0]
+        if source.op == "get_attr":
+            _fold_constant(twin, node, constants)
+        elif source.target is _QUANTIZE:
+            value, scale, zero_point, low, high = source.args[:5]
+            with twin.graph.inserting_before(node):
+                fused = twin.graph.call_function(
+                    torch.fake_quantize_per_tensor_affine, (value, scale, zero_point, low, high)
+                )
+            node.replace_all_uses_with(fused)
+            twin.graph.erase_node(node)
+    twin.graph.eliminate_dead_code()
+    twin.recompile()
+    return twin
+
+
+def _fold_constant(twin: GraphModule, node: Node, constants: dict[str, Tensor]) -> None:
+    arguments = [constants[a.target] if isinstance(a, Node) and a.op == "get_attr" else a for a in node.args]  # type: ignore[index]
+    if any(isinstance(argument, Node) for argument in arguments):
+        return
+    name = f"_read_back_{node.name}"
+    twin.register_buffer(name, node.target(*arguments, **node.kwargs))  # type: ignore[operator]
+    with twin.graph.inserting_before(node):
+        replacement = twin.graph.get_attr(name)
+    node.replace_all_uses_with(replacement)
+    twin.graph.erase_node(node)

@@ -1,0 +1,301 @@
+"""Where int8 goes in a captured graph, so that ONNX Runtime's CPU provider fuses all of it.
+
+What enters: a graph from `torch.export` with batch norm folded. What leaves: the same graph, annotated
+for torchao's PT2E. The rule behind the annotations is ONNX Runtime's own: an operator runs on integers
+when each of its inputs is a DequantizeLinear and its output goes into one QuantizeLinear
+(onnxruntime/core/optimizer/qdq_transformer). So a tensor is quantized after the activation that the kernel
+absorbs, never between; operators that only move values share the scale of their input; what has no integer
+kernel stays in float.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+from torchao.quantization.pt2e.observer import PerChannelMinMaxObserver
+from torchao.quantization.pt2e.quantizer import (
+    DerivedQuantizationSpec,
+    QuantizationAnnotation,
+    QuantizationSpec,
+    Quantizer,
+    SharedQuantizationSpec,
+)
+
+from edgecompress.configuration import did_you_mean
+from edgecompress.errors import ConfigurationError
+
+_ANNOTATION = "quantization_annotation"
+aten = torch.ops.aten
+
+# A dot product with weights: QLinearConv, QGemm.
+_COMPUTE = {aten.conv2d.default, aten.conv2d.padding, aten.conv1d.default, aten.linear.default}
+# Clamps that the kernel before them absorbs, since the quantized range ends where the clamp does.
+_CLAMPS = {aten.relu.default, aten.relu_.default, aten.relu6.default, aten.hardtanh.default, aten.hardtanh_.default}
+# Two tensors, element by element: QLinearAdd, QLinearMul.
+_ELEMENTWISE = {aten.add.Tensor, aten.add_.Tensor, aten.mul.Tensor, aten.mul_.Tensor}
+# A pooling kernel with scales of its own: QLinearGlobalAveragePool, QLinearAveragePool.
+_POOLING = {aten.adaptive_avg_pool2d.default, aten.avg_pool2d.default, aten.mean.dim}
+# Operators whose table look-up kernel takes and gives integers.
+_LOOKUP = {aten.sigmoid.default, aten.sigmoid_.default, aten.leaky_relu.default, aten.leaky_relu_.default}
+# Values move, none changes: the output keeps the input's scale.
+_MOVERS = {
+    aten.max_pool2d.default,
+    aten.flatten.using_ints,
+    aten.reshape.default,
+    aten.view.default,
+    aten.permute.default,
+    aten.transpose.int,
+    aten.squeeze.dim,
+    aten.unsqueeze.default,
+    aten.slice.Tensor,
+    aten.pad.default,
+    aten.constant_pad_nd.default,
+    aten.upsample_nearest2d.vec,
+    aten.dropout.default,
+    aten.dropout_.default,
+    aten.contiguous.default,
+    aten.clone.default,
+    aten.cat.default,
+}
+# Several outputs; the pieces are picked by `getitem`.
+_SPLITTERS = {aten.chunk.default, aten.split.Tensor, aten.split_with_sizes.default}
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How tensors become integers: the target's scheme with every `auto` settled."""
+
+    activations: str
+    weight_bits: int
+
+    @property
+    def activation_dtype(self) -> torch.dtype:
+        return torch.uint8 if self.activations == "uint8" else torch.int8
+
+    @property
+    def activation_range(self) -> tuple[int, int]:
+        return (0, 255) if self.activations == "uint8" else (-128, 127)
+
+    @property
+    def weight_limit(self) -> int:
+        """Largest weight magnitude as an integer: 127, or 63 where 16-bit sums would saturate."""
+        return 2 ** (self.weight_bits - 1) - 1
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"activations": self.activations, "weights": "int8", "weight_bits": self.weight_bits}
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A layer with weights that the quantizer turned to int8."""
+
+    module_name: str
+    node_name: str
+
+
+@dataclass
+class Placement:
+    """What was annotated and what stays in float, by module name."""
+
+    quantized: list[Layer] = field(default_factory=list)
+    float_layers: list[str] = field(default_factory=list)
+
+
+class OnnxRuntimeQuantizer(Quantizer):  # type: ignore[misc]  # torchao ships no types
+    """Annotates what ONNX Runtime's CPU kernels fuse.
+
+    `exclude` holds module names as globs; such layers stay in float. A glob that matches nothing raises
+    ConfigurationError with the nearest names.
+    """
+
+    def __init__(self, scheme: Scheme, observer: Any, exclude: Sequence[str] = ()) -> None:
+        self.scheme = scheme
+        self.exclude = tuple(exclude)
+        self.placement = Placement()
+        low, high = scheme.activation_range
+        self._activation = QuantizationSpec(
+            dtype=scheme.activation_dtype,
+            observer_or_fake_quant_ctr=observer,
+            quant_min=low,
+            quant_max=high,
+            qscheme=torch.per_tensor_affine,
+        )
+        self._weight = QuantizationSpec(
+            dtype=torch.int8,
+            observer_or_fake_quant_ctr=PerChannelMinMaxObserver.with_args(),
+            quant_min=-scheme.weight_limit,
+            quant_max=scheme.weight_limit,
+            qscheme=torch.per_channel_symmetric,
+            ch_axis=0,
+        )
+        self._quantized: set[Node] = set()
+
+    def annotate(self, model: GraphModule) -> GraphModule:
+        """Walk the graph from input to output once; every node sees whether its inputs are integers."""
+        nodes = list(model.graph.nodes)
+        self._check_globs([module_name(node) for node in nodes if node.target in _COMPUTE])
+        self._quantized = set()
+        for node in nodes:
+            if node.op != "call_function":
+                continue
+            if node.target in _COMPUTE:
+                self._annotate_compute(node)
+            elif node.target in _ELEMENTWISE:
+                self._annotate_elementwise(node)
+            elif node.target in _POOLING or node.target in _LOOKUP:
+                self._annotate_unary(node)
+            elif node.target in _MOVERS:
+                self._annotate_mover(node)
+            elif node.target in _SPLITTERS:
+                self._annotate_splitter(node)
+        return model
+
+    def validate(self, model: GraphModule) -> None:
+        """Nothing to refuse: what has no integer kernel was left in float."""
+
+    def _check_globs(self, names: list[str]) -> None:
+        for pattern in self.exclude:
+            if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
+                raise ConfigurationError(f"exclude: '{pattern}' matches no layer{did_you_mean(pattern, names)}")
+
+    def _annotate_compute(self, node: Node) -> None:
+        name = module_name(node)
+        if any(fnmatch.fnmatchcase(name, pattern) for pattern in self.exclude) or not _has_constant_weight(node):
+            self.placement.float_layers.append(name)
+            return
+        source, weight = node.args[0], node.args[1]
+        assert isinstance(source, Node) and isinstance(weight, Node)
+        inputs: dict[Node, Any] = {source: self._activation, weight: self._weight}
+        bias = node.args[2] if len(node.args) > 2 else None
+        if isinstance(bias, Node):
+            inputs[bias] = self._bias_spec(source, weight, node)
+        self._mark(node, inputs, self._output_of(node))
+        self.placement.quantized.append(Layer(name, node.name))
+
+    def _annotate_elementwise(self, node: Node) -> None:
+        sources = node.args[:2]
+        if not all(isinstance(source, Node) and self._is_integer(source) for source in sources):
+            return
+        self._mark(node, dict.fromkeys(sources, self._activation), self._output_of(node))  # type: ignore[misc]
+
+    def _annotate_unary(self, node: Node) -> None:
+        source = node.args[0]
+        if not isinstance(source, Node) or not self._is_integer(source):
+            return
+        if node.target is aten.mean.dim and not _is_global_mean(node):
+            return
+        self._mark(node, {source: self._activation}, node)
+
+    def _annotate_mover(self, node: Node) -> None:
+        first = node.args[0]
+        sources = list(first) if isinstance(first, (list, tuple)) else [first]
+        if not sources or not all(isinstance(source, Node) and self._is_integer(source) for source in sources):
+            return
+        if node.target in (aten.pad.default, aten.constant_pad_nd.default) and not _pads_with_zero(node):
+            return
+        shared = SharedQuantizationSpec((sources[0], node))
+        inputs: dict[Node, Any] = {sources[0]: self._activation}
+        inputs.update({source: shared for source in sources[1:] if source is not sources[0]})
+        node.meta[_ANNOTATION] = QuantizationAnnotation(input_qspec_map=inputs, output_qspec=shared, _annotated=True)
+        self._quantized.add(node)
+
+    def _annotate_splitter(self, node: Node) -> None:
+        source = node.args[0]
+        if not isinstance(source, Node) or not self._is_integer(source):
+            return
+        node.meta[_ANNOTATION] = QuantizationAnnotation(
+            input_qspec_map={source: self._activation}, output_qspec=None, _annotated=True
+        )
+        for piece in node.users:
+            shared = SharedQuantizationSpec((source, node))
+            piece.meta[_ANNOTATION] = QuantizationAnnotation(input_qspec_map={}, output_qspec=shared, _annotated=True)
+            self._quantized.add(piece)
+
+    def _mark(self, node: Node, inputs: dict[Node, Any], output: Node | None) -> None:
+        """Annotate `node`; its integers come out of `output`, the clamp it absorbs or itself."""
+        node.meta[_ANNOTATION] = QuantizationAnnotation(
+            input_qspec_map=inputs, output_qspec=self._activation if output is node else None, _annotated=True
+        )
+        if output is not None and output is not node:
+            output.meta[_ANNOTATION] = QuantizationAnnotation(output_qspec=self._activation, _annotated=True)
+        if output is not None:
+            self._quantized.add(output)
+
+    def _output_of(self, node: Node) -> Node | None:
+        """The node whose output is quantized: a clamp that follows alone, else the node itself.
+
+        None for a layer whose result leaves the graph: its kernel gives float logits at no cost (QGemm without
+        an output scale), which saves them a rounding.
+        """
+        users = list(node.users)
+        if len(users) == 1 and users[0].target in _CLAMPS and _clamps_from_zero(users[0]):
+            return users[0]
+        if users and all(user.op == "output" for user in users) and node.target is aten.linear.default:
+            return None
+        return node
+
+    def _is_integer(self, node: Node) -> bool:
+        return node in self._quantized
+
+    def _bias_spec(self, source: Node, weight: Node, node: Node) -> DerivedQuantizationSpec:
+        """Bias as int32 with scale s_x * s_w, the accumulator's own scale, so that adding it is exact."""
+
+        def derive(observers: list[Any]) -> tuple[torch.Tensor, torch.Tensor]:
+            activation_scale, _ = observers[0].calculate_qparams()
+            weight_scale, _ = observers[1].calculate_qparams()
+            scale = (activation_scale * weight_scale).to(torch.float32)
+            return scale, torch.zeros_like(scale, dtype=torch.int32)
+
+        return DerivedQuantizationSpec(
+            derived_from=[(source, node), (weight, node)],
+            derive_qparams_fn=derive,
+            dtype=torch.int32,
+            quant_min=-(2**31),
+            quant_max=2**31 - 1,
+            qscheme=torch.per_channel_symmetric,
+            ch_axis=0,
+        )
+
+
+def module_name(node: Node) -> str:
+    """Name of the module that a captured node came from, as `named_modules` gives it."""
+    stack = node.meta.get("nn_module_stack") or {}
+    if not stack:
+        return str(node.name)
+    path = str(list(stack.values())[-1][0])
+    return path.removeprefix("L['self'].").removeprefix("L['self']") or str(node.name)
+
+
+def _has_constant_weight(node: Node) -> bool:
+    weight = node.args[1] if len(node.args) > 1 else None
+    return isinstance(weight, Node) and weight.op == "get_attr" and isinstance(node.args[0], Node)
+
+
+def _clamps_from_zero(node: Node) -> bool:
+    """ReLU always; hardtanh only as a clamp that starts at zero (ReLU6), where the quantized range starts."""
+    if node.target in (aten.hardtanh.default, aten.hardtanh_.default):
+        return len(node.args) > 1 and node.args[1] == 0
+    return True
+
+
+def _is_global_mean(node: Node) -> bool:
+    """Mean over height and width of a four-dimensional tensor, which is a global average pool."""
+    source = node.args[0]
+    value = source.meta.get("val") if isinstance(source, Node) else None
+    dims = node.args[1] if len(node.args) > 1 else None
+    if value is None or value.dim() != 4 or not isinstance(dims, (list, tuple)):
+        return False
+    return sorted(int(dim) % 4 for dim in dims) == [2, 3]  # type: ignore[arg-type,call-overload]
+
+
+def _pads_with_zero(node: Node) -> bool:
+    if node.target is aten.constant_pad_nd.default:
+        return len(node.args) < 3 or node.args[2] == 0
+    mode = node.args[2] if len(node.args) > 2 else "constant"
+    value = node.args[3] if len(node.args) > 3 else None
+    return mode == "constant" and (value is None or value == 0)

@@ -1,0 +1,287 @@
+"""The recipe: what to do to which model, on which data, and what must hold at the end.
+
+What enters: a YAML file, or the name of a shipped recipe, and overrides. What leaves: one frozen
+`Recipe`. Everything a run depends on is here, so a run directory that holds the resolved recipe can be
+made again. Fields carry their units; ratios are fractions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, PositiveInt, model_validator
+
+from edgecompress.configuration import (
+    ClosedFraction,
+    Fraction,
+    FrozenSettings,
+    apply_overrides,
+    did_you_mean,
+    read_yaml_mapping,
+    validate,
+)
+from edgecompress.errors import ConfigurationError
+from edgecompress.shipped import shipped_files, shipped_path
+
+Identifier = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$")]
+Channels = Annotated[tuple[float, ...], Field(min_length=1, max_length=16)]
+Interpolation = Literal["nearest", "bilinear", "bicubic"]
+
+
+class PreprocessingSettings(FrozenSettings):
+    """Overrides of what the model's own configuration says; anything left out comes from the model."""
+
+    input_size: Annotated[int, Field(ge=4, le=4096)] | None = None
+    mean: Channels | None = None
+    std: Channels | None = None
+    interpolation: Interpolation | None = None
+    crop_fraction: Fraction | Literal[1, 1.0] | None = Field(
+        default=None, description="share of the resized image that the centre crop keeps; 1 means no crop"
+    )
+
+
+class ModelSettings(FrozenSettings):
+    """Which architecture, with which weights."""
+
+    name: Annotated[str, Field(min_length=1)]
+    arguments: dict[str, Any] = Field(default_factory=dict, description="passed to the model's constructor")
+    checkpoint: Path | None = None
+    pretrained: bool = False
+    num_classes: PositiveInt | None = None
+    preprocessing: PreprocessingSettings = PreprocessingSettings()
+
+    @model_validator(mode="after")
+    def _one_source_of_weights(self) -> ModelSettings:
+        if self.checkpoint is not None and self.pretrained:
+            raise ValueError("checkpoint and pretrained are both given; keep one")
+        return self
+
+
+class DataSettings(FrozenSettings):
+    """Which images. Splits are drawn with `split_seed` and never depend on the training seed."""
+
+    name: Annotated[str, Field(min_length=1)]
+    root: Path | None = None
+    download: bool = False
+    class_index: Path | None = None
+    val_fraction: Fraction = 0.15
+    test_fraction: Fraction = Field(default=0.2, description="only for sources without a test split of their own")
+    split_seed: int = 0
+    max_train_samples: PositiveInt | None = Field(default=None, description="a seeded, class-balanced subset")
+
+
+class TeacherSettings(FrozenSettings):
+    """The teacher of a distilled stage: an earlier stage of the recipe, or a model with weights of its own."""
+
+    stage: Identifier | None = None
+    model: ModelSettings | None = None
+    temperature: Annotated[float, Field(gt=0)] = 4.0
+    alpha: ClosedFraction = Field(default=0.7, description="weight of the teacher's term; 1 - alpha is the labels'")
+
+    @model_validator(mode="after")
+    def _one_teacher(self) -> TeacherSettings:
+        if (self.stage is None) == (self.model is None):
+            raise ValueError("give either stage (an earlier stage's id) or model (name and checkpoint)")
+        return self
+
+
+class AugmentSettings(FrozenSettings):
+    """Random changes to training images, made on whole batches."""
+
+    horizontal_flip: bool = False
+    shift_pixels: Annotated[int, Field(ge=0, le=64)] = Field(
+        default=0, description="random shift by up to this many pixels in each direction"
+    )
+
+
+class TrainingSettings(FrozenSettings):
+    """Settings of every stage that trains. One cosine schedule with a linear warm-up runs over `epochs`."""
+
+    epochs: Annotated[int, Field(ge=1)] = 20
+    batch_size: PositiveInt = 128
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    learning_rate: Annotated[float, Field(gt=0)] = 0.1
+    momentum: ClosedFraction = 0.9
+    weight_decay: Annotated[float, Field(ge=0)] = 5e-4
+    warmup_epochs: Annotated[float, Field(ge=0)] = 1.0
+    label_smoothing: ClosedFraction = 0.0
+    gradient_clip_norm: Annotated[float, Field(gt=0)] | None = None
+    keep: Literal["last", "best_val"] = Field(
+        default="last", description="which epoch's weights leave the stage; never chosen on test"
+    )
+    augment: AugmentSettings = AugmentSettings()
+
+    @model_validator(mode="after")
+    def _warmup_fits(self) -> TrainingSettings:
+        if self.warmup_epochs >= self.epochs:
+            raise ValueError(f"warmup_epochs ({self.warmup_epochs:g}) must be below epochs ({self.epochs})")
+        return self
+
+
+class TrainStage(TrainingSettings):
+    """Train the recipe's model on the labels."""
+
+    kind: Literal["train"]
+    id: Identifier
+
+
+class DistillStage(TrainingSettings):
+    """Train a student, `model`, to match a teacher's logits (Hinton et al., 2015)."""
+
+    kind: Literal["distill"]
+    id: Identifier
+    model: ModelSettings | None = Field(default=None, description="the student; left out, the current model")
+    teacher: TeacherSettings
+
+
+class PruneStage(TrainingSettings):
+    """Remove channels (structured) or zero weights (unstructured), finetuning between steps and after them."""
+
+    kind: Literal["prune"]
+    id: Identifier
+    method: Literal["structured", "unstructured"] = "structured"
+    channel_ratio: Fraction | None = Field(default=None, description="structured: share of channels to remove")
+    sparsity: Fraction | None = Field(default=None, description="unstructured: share of weights to zero")
+    scope: Literal["global", "layer"] = Field(default="global", description="rank over all layers, or in each")
+    importance: Literal["magnitude", "bn_scale", "taylor"] = "magnitude"
+    channel_multiple: PositiveInt | None = Field(default=None, description="left out, the target's")
+    max_layer_ratio: Fraction = Field(default=0.9, description="no layer loses more than this share of its channels")
+    steps: Annotated[int, Field(ge=1, le=100)] = Field(default=1, description="removals, each followed by finetuning")
+    epochs_between: Annotated[int, Field(ge=0)] = Field(
+        default=1, description="finetuning epochs after each step but the last; the last gets `epochs`"
+    )
+    exclude: tuple[str, ...] = Field(default=(), description="module names, as globs, that keep every channel")
+    teacher: TeacherSettings | None = None
+
+    @model_validator(mode="after")
+    def _ratio_of_the_method(self) -> PruneStage:
+        wanted, other = ("channel_ratio", "sparsity")
+        if self.method == "unstructured":
+            wanted, other = other, wanted
+        if getattr(self, wanted) is None:
+            raise ValueError(f"method {self.method} needs {wanted}, a fraction between 0 and 1")
+        if getattr(self, other) is not None:
+            raise ValueError(f"{other} does not belong to method {self.method}; use {wanted}")
+        if self.method == "unstructured" and self.importance != "magnitude":
+            raise ValueError("unstructured pruning ranks weights by magnitude (L1); leave importance out")
+        return self
+
+
+class CalibrationSettings(FrozenSettings):
+    """How activation ranges are found. Images come from train, never from what is reported."""
+
+    method: Literal["minmax", "histogram", "percentile"] = "histogram"
+    samples: PositiveInt = 256
+    percentile: Annotated[float, Field(gt=50, le=100)] = 99.999
+    batch_size: PositiveInt = 32
+
+
+class SchemeSettings(FrozenSettings):
+    """Overrides of the target's int8 scheme."""
+
+    activations: Literal["uint8", "int8"] | None = None
+    weight_bits: Literal[7, 8] | None = None
+
+
+class QuantizeStage(FrozenSettings):
+    """Static int8 post-training quantization, laid out for ONNX Runtime's integer kernels."""
+
+    kind: Literal["quantize"]
+    id: Identifier
+    calibration: CalibrationSettings = CalibrationSettings()
+    effort: Literal["fast", "balanced"] = Field(
+        default="balanced", description="fast: round to nearest; balanced: error-compensated rounding, bias correction"
+    )
+    placement: Literal["auto", "full"] = "auto"
+    scheme: SchemeSettings = SchemeSettings()
+    exclude: tuple[str, ...] = Field(default=(), description="module names, as globs, that stay in float")
+
+
+Stage = Annotated[TrainStage | DistillStage | PruneStage | QuantizeStage, Field(discriminator="kind")]
+
+
+class Gates(FrozenSettings):
+    """What must hold for the exported files; a miss ends the command with exit code 3."""
+
+    max_accuracy_drop: ClosedFraction = Field(
+        default=0.02, description="last float stage and int8, each against the recipe's first model"
+    )
+    fp32_max_relative_diff: Annotated[float, Field(gt=0)] = Field(
+        default=1e-3, description="largest logit difference PyTorch - ONNX, over the largest logit"
+    )
+    fp32_min_top1_agreement: ClosedFraction = 0.995
+    int8_min_top1_agreement: ClosedFraction = Field(default=0.95, description="int8 ONNX against fp32 ONNX")
+    torch_int8_min_top1_agreement: ClosedFraction = Field(default=0.98, description="int8 ONNX against int8 PyTorch")
+    max_samples: PositiveInt = Field(default=10_000, description="images compared at most, a seeded choice")
+
+
+class Recipe(FrozenSettings):
+    """A whole recipe, resolved."""
+
+    name: Identifier
+    description: str = ""
+    seed: int = 0
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    data: DataSettings
+    model: ModelSettings
+    stages: Annotated[tuple[Stage, ...], Field(min_length=1)]
+    gates: Gates = Gates()
+
+    @model_validator(mode="after")
+    def _stages_fit_together(self) -> Recipe:
+        seen: list[str] = []
+        for index, stage in enumerate(self.stages):
+            if stage.id in seen:
+                raise ValueError(f"stages.{stage.id}: two stages have this id")
+            teacher = getattr(stage, "teacher", None)
+            if teacher is not None and teacher.stage is not None and teacher.stage not in seen:
+                hint = did_you_mean(teacher.stage, seen) if seen else "; there is no earlier stage"
+                raise ValueError(f"stages.{stage.id}.teacher.stage: '{teacher.stage}' is no earlier stage{hint}")
+            if isinstance(stage, QuantizeStage) and index != len(self.stages) - 1:
+                raise ValueError(f"stages.{stage.id}: quantize must be the last stage; move it to the end")
+            seen.append(stage.id)
+        return self
+
+    @property
+    def quantize_stage(self) -> QuantizeStage:
+        """The recipe's quantize stage, or the default one, id `int8`."""
+        last = self.stages[-1]
+        return last if isinstance(last, QuantizeStage) else QuantizeStage(kind="quantize", id="int8")
+
+    @property
+    def has_trained_weights(self) -> bool:
+        """Whether the weights that are exported come from a checkpoint, a hub or training here."""
+        given = self.model.checkpoint is not None or self.model.pretrained
+        return given or any(isinstance(stage, TrainingSettings) for stage in self.stages)
+
+
+def load_recipe(source: str, overrides: Sequence[str] = ()) -> Recipe:
+    """Load a recipe from a file or a shipped name. Relative paths in it stay relative to the working directory.
+
+    Raises ConfigurationError with every fault, or naming the shipped recipe spelled most alike.
+    """
+    path = find_recipe(source)
+    document = read_yaml_mapping(path)
+    document.setdefault("name", path.stem)
+    return validate(Recipe, apply_overrides(document, overrides), source=source)
+
+
+def find_recipe(source: str) -> Path:
+    """The file of a recipe given by path or by shipped name. Raises ConfigurationError."""
+    return find_settings(source, kind="recipe")
+
+
+def find_settings(source: str, *, kind: Literal["recipe", "target"]) -> Path:
+    """The file of a recipe or target given by path or by shipped name. Raises ConfigurationError."""
+    path = Path(source)
+    if path.is_file():
+        return path
+    shipped = shipped_path(f"{kind}s", source)
+    if shipped is not None:
+        return shipped
+    names = [file.stem for file in shipped_files(f"{kind}s")]
+    looks_like_path = path.suffix in (".yaml", ".yml") or "/" in source
+    problem = "no such file" if looks_like_path else f"no file and no shipped {kind} of that name"
+    raise ConfigurationError(f"{kind} '{source}': {problem}{did_you_mean(path.stem, names)}")

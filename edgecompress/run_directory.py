@@ -1,0 +1,169 @@
+"""The run directory: every file a run leaves, written whole or not at all.
+
+What enters: results of stages. What leaves: `run.json` and the files it names. A file is written beside
+its final name and renamed, so a name that exists is complete; `run.json` records the sha256 of each
+artifact.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from edgecompress.errors import RunError
+
+RUNS_ROOT = Path("runs")
+SCHEMA_VERSION = 1
+Json = dict[str, Any]
+
+
+def sha256_of(path: Path) -> str:
+    """Hex sha256 of a file's bytes."""
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Yield a temporary path in the same folder; on success it is synced and renamed to `path`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=path.suffix, dir=path.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        with temporary.open("rb") as stream:
+            os.fsync(stream.fileno())
+        temporary.chmod(0o644)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file atomically."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def to_json(document: Any) -> str:
+    """JSON text with stable layout; not-a-number becomes null, since JSON has no name for it."""
+    return json.dumps(_finite(document), indent=2, ensure_ascii=False, default=str) + "\n"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return value
+
+
+def write_json(path: Path, document: Any) -> None:
+    """Write a JSON file atomically."""
+    write_text(path, to_json(document))
+
+
+def read_json(path: Path) -> Json:
+    """Read a JSON object. Raises RunError naming the file."""
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path}: cannot be read: {error}") from error
+    if not isinstance(document, dict):
+        raise RunError(f"{path}: expected a JSON object")
+    return document
+
+
+class RunDirectory:
+    """Paths and manifest of one run."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @property
+    def manifest_path(self) -> Path:
+        return self.path / "run.json"
+
+    @property
+    def export(self) -> Path:
+        return self.path / "export"
+
+    def export_for(self, target: str) -> Path:
+        """Folder of a target's exported files: `export/`, or `export/<target>/` when another target was first."""
+        own = self.export / target
+        return own if own.is_dir() else self.export
+
+    def stage(self, stage_id: str) -> Path:
+        return self.path / "stages" / stage_id
+
+    def profile_path(self, target: str) -> Path:
+        return self.path / "profile" / f"{target}.json"
+
+    def report_path(self, target: str, suffix: str) -> Path:
+        return self.path / "report" / f"{target}.{suffix}"
+
+    def read_manifest(self) -> Json:
+        """Raises RunError when this is no run directory."""
+        if not self.manifest_path.is_file():
+            raise RunError(f"{self.path}: not a run directory (it holds no run.json); start one with edgecompress run")
+        manifest = read_json(self.manifest_path)
+        if manifest.get("schema_version") != SCHEMA_VERSION:
+            raise RunError(
+                f"{self.manifest_path}: schema_version {manifest.get('schema_version')!r}, "
+                f"this edgecompress reads {SCHEMA_VERSION}; use the version that wrote it"
+            )
+        return manifest
+
+    def write_manifest(self, manifest: Json) -> None:
+        write_json(self.manifest_path, manifest)
+
+    def update_manifest(self, change: Callable[[Json], None]) -> Json:
+        """Read, change and write the manifest; returns what was written."""
+        manifest = self.read_manifest()
+        change(manifest)
+        self.write_manifest(manifest)
+        return manifest
+
+    def append_metrics(self, record: Json) -> None:
+        """Add one line to metrics.jsonl."""
+        with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(_finite(record), default=str) + "\n")
+
+    def artifacts(self) -> dict[str, str]:
+        """sha256 of every file of the run but the manifest and the log, by path relative to the run."""
+        skipped = {"run.json", "metrics.jsonl"}
+        files = (p for p in sorted(self.path.rglob("*")) if p.is_file() and not p.name.startswith("."))
+        relative = ((p, p.relative_to(self.path).as_posix()) for p in files)
+        return {name: sha256_of(p) for p, name in relative if name not in skipped}
+
+
+def new_run_path(recipe_name: str) -> Path:
+    """`runs/<recipe>-<UTC time>`, with a counter when two start within a second."""
+    base = RUNS_ROOT / f"{recipe_name}-{datetime.now(UTC).strftime('%Y%m%dT%H%M%SZ')}"
+    candidate, count = base, 1
+    while candidate.exists():
+        count += 1
+        candidate = base.with_name(f"{base.name}-{count}")
+    return candidate
+
+
+def newest_run() -> Path:
+    """The run under `runs/` that was started last. Raises RunError when there is none."""
+    runs = [path.parent for path in RUNS_ROOT.glob("*/run.json")]
+    if not runs:
+        raise RunError("no run yet under runs/; start one with: edgecompress run prune_kd --target x86")
+    return max(runs, key=lambda path: (str(read_json(path / "run.json").get("started_at", "")), path.name))

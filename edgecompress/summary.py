@@ -1,0 +1,383 @@
+"""Results in, words out: human units, plain sentences and the tables that the terminal shows.
+
+What enters: a run's manifest, its gates and a target's profile, as JSON. What leaves: texts and rich tables. The
+report uses the same texts and rows, so the terminal and the page can never tell two stories; a number that
+nobody wrote shows as `-` and never stops a summary.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import unicodedata
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal
+
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+Json = Mapping[str, Any]
+MISSING = "-"
+SAME_WITHIN = 0.005  # ratios this close to 1 are called the same
+_MICRO = 1e-3
+# Explicit direction marks turn the text around them; joiners, which emoji and many scripts need, stay.
+_DIRECTION_MARKS = frozenset(
+    chr(code) for code in (0x200E, 0x200F, 0x061C, *range(0x202A, 0x202F), *range(0x2066, 0x206A))
+)
+_LABELS = {
+    "fp32_max_relative_diff": "ONNX fp32: largest relative difference to PyTorch",
+    "fp32_min_top1_agreement": "ONNX fp32: top-1 agreement with PyTorch",
+    "int8_min_top1_agreement": "ONNX int8: top-1 agreement with fp32",
+    "torch_int8_min_top1_agreement": "ONNX int8: top-1 agreement with PyTorch int8",
+    "max_accuracy_drop": "Accuracy drop",
+    "min_int8_speedup": "int8 speedup over fp32",
+    "latency_ms_p90": "Latency, 90th percentile",
+    "size_bytes": "File size",
+    "peak_rss_bytes": "Peak memory",
+    "load_ms": "Load time",
+    "first_inference_ms": "First inference",
+    "cpu": "CPU",
+    "isa": "ISA features",
+    "os": "OS",
+    "memory_bytes": "Memory",
+    "num_classes": "Classes",
+}
+# One row of the models table each: label, key, and the words for less and for more of it.
+_MODEL_ROWS = (
+    ("Latency, median", ("latency_ms", "p50"), "faster", "slower"),
+    ("Latency, 90th percentile", ("latency_ms", "p90"), "faster", "slower"),
+    ("Throughput", ("throughput_per_s",), "less", "more"),
+    ("File size", ("size_bytes",), "smaller", "larger"),
+    ("File size, compressed", ("size_bytes_compressed",), "smaller", "larger"),
+    ("Peak memory", ("peak_rss_bytes",), "less", "more"),
+    ("Load time", ("load_ms",), "faster", "slower"),
+    ("First inference", ("first_inference_ms",), "faster", "slower"),
+)
+
+
+def section(document: Json, *keys: str) -> Json:
+    """The mapping at a path of keys; empty where anything on the way is missing."""
+    here: Any = document
+    for key in keys:
+        here = here.get(key) if isinstance(here, Mapping) else None
+    return here if isinstance(here, Mapping) else {}
+
+
+def entries(document: Json, key: str) -> list[Json]:
+    """The mappings in the list at a key; empty where there is none."""
+    found = document.get(key)
+    return [item for item in found if isinstance(item, Mapping)] if isinstance(found, list) else []
+
+
+def number(value: object) -> float | None:
+    """The value as a finite float, or None when it is no number."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        return None
+    return float(value)
+
+
+def printable(value: object, *, limit: int | None = None) -> str:
+    """Text that does nothing but show itself: control, direction and broken characters become U+FFFD."""
+
+    def is_active(character: str) -> bool:
+        broken = unicodedata.category(character) in ("Cc", "Cs") and character not in "\n\t"
+        return broken or character in _DIRECTION_MARKS
+
+    text = "".join("\N{REPLACEMENT CHARACTER}" if is_active(character) else character for character in str(value))
+    return text if limit is None or len(text) <= limit else text[: limit - 1] + "\N{HORIZONTAL ELLIPSIS}"
+
+
+def number_text(value: object) -> str:
+    """Three significant digits, and an exponent only below a thousandth: 0.312, 12.3, 1,234, 3.8e-06."""
+    found = number(value)
+    if found is None:
+        return MISSING
+    if found == 0:
+        return "0"
+    if abs(found) < _MICRO:
+        return f"{found:.1e}"
+    exponent = math.floor(math.log10(abs(float(f"{found:.3g}"))))  # rounded first: 9.996 is 10.0
+    return f"{found:,.{max(0, 2 - exponent)}f}"
+
+
+def _scaled_text(value: object, units: Sequence[str]) -> str:
+    found = number(value)
+    if found is None:
+        return MISSING
+    step = 0
+    while abs(found) >= 999.5 and step < len(units) - 1:
+        found, step = found / 1000, step + 1
+    return f"{number_text(found) if step else f'{found:.0f}'} {units[step]}".rstrip()
+
+
+def bytes_text(value: object) -> str:
+    """A size in decimal units, 1 kB being 1000 bytes: 81.2 kB."""
+    return _scaled_text(value, ("B", "kB", "MB", "GB", "TB"))
+
+
+def count_text(value: object) -> str:
+    """A count such as MACs or parameters: 41.2 M."""
+    return _scaled_text(value, ("", "k", "M", "G", "T"))
+
+
+def percent_text(value: object) -> str:
+    """A fraction in percent, with more digits where one would round it to a false 0 or 100 %."""
+    found = number(value)
+    if found is None:
+        return MISSING
+    decimals = 1
+    while (
+        decimals < 4
+        and found not in (0, 1)
+        and f"{100 * found:.{decimals}f}" in (f"{n:.{decimals}f}" for n in (0, 100))
+    ):
+        decimals += 1
+    return f"{100 * found:.{decimals}f} %"
+
+
+def points_text(value: object) -> str:
+    """A difference in percentage points with its sign; what is not zero never shows as zero."""
+    found = number(value)
+    if found is None:
+        return MISSING
+    if abs(found) < 1e-9:
+        return "0.0"
+    return f"{found:+.1f}" if abs(found) >= 0.05 else f"{found:+.2f}"
+
+
+def seconds_text(value: object) -> str:
+    """A duration: 0.42 s, 12 s, 3 min 20 s, 2 h 5 min."""
+    found = number(value)
+    if found is None:
+        return MISSING
+    if found < 10:
+        return f"{number_text(found)} s"
+    if found < 60:
+        return f"{found:.0f} s"
+    minutes, seconds = divmod(round(found), 60)
+    return f"{minutes} min {seconds} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def quantity_text(value: object, name: str) -> str:
+    """A value in the unit that its key names, for instance (312345, 'size_bytes') or (0.98, 'top1_agreement')."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if value is None or value == "":
+        return MISSING
+    if isinstance(value, (list, tuple)):
+        texts = [quantity_text(item, name) for item in value]
+        return " to ".join(texts) if len(texts) == 2 and name.endswith(("ci95", "range")) else ", ".join(texts)
+    found = number(value)
+    if found is None:
+        return printable(value)
+    words = name.split("_")
+    if "bytes" in words:
+        return bytes_text(found)
+    if "drop" in words:
+        return f"{100 * found:.1f} points"
+    if {"accuracy", "agreement", "coverage", "sparsity", "fraction"} & set(words):
+        return percent_text(found)
+    if "speedup" in words:
+        return f"{number_text(found)}x"
+    if name.endswith("per_s"):
+        return f"{number_text(found)}/s"
+    for word, unit in (("ms", "ms"), ("db", "dB"), ("mhz", "MHz")):
+        if word in words:
+            return f"{number_text(found)} {unit}"
+    if "seconds" in words:
+        return seconds_text(found)
+    return f"{value:,}" if isinstance(value, int) else number_text(found)
+
+
+def label_text(name: str) -> str:
+    """A key as a person would say it."""
+    return _LABELS.get(name) or printable(name[:1].upper() + name[1:].replace("_", " "))
+
+
+def limit_text(value: object, name: str) -> str:
+    """A limit with its direction: 'at most 5.00 ms'. Without `min` in its name a limit is an upper one."""
+    text = quantity_text(value, name)
+    if number(value) is None:
+        return text
+    text = re.sub(r"(\.\d*?)0+(?!\d)", r"\1", text).replace(". ", " ").removesuffix(".").replace(".x", "x")
+    return f"{'at least' if 'min' in name.split('_') else 'at most'} {text}"
+
+
+def change_text(before: object, after: object, *, less: str, more: str) -> str:
+    """'1.85 times smaller', with `less` or `more` as the case may be; 'the same' within half a percent."""
+    old, new = number(before), number(after)
+    if old is None or new is None or old <= 0 or new <= 0:
+        return MISSING
+    ratio = old / new
+    if abs(ratio - 1) <= SAME_WITHIN:
+        return "the same"
+    return f"{number_text(ratio)} times {less}" if ratio > 1 else f"{number_text(1 / ratio)} times {more}"
+
+
+def stage_rows(manifest: Json) -> list[dict[str, Any]]:
+    """The stages as in run.json, the baseline first, each with `accuracy_delta_points` against the baseline.
+
+    The delta is None for the baseline itself, and where the accuracies come from different splits.
+    """
+    rows = [dict(stage) for stage in entries(manifest, "stages")]
+    baseline: Json = section(manifest, "baseline") or (rows[0] if rows else {})
+    if baseline and baseline.get("id") not in [row.get("id") for row in rows]:
+        rows.insert(0, {"id": "baseline", "kind": "given", "status": "complete", **baseline})
+    reference = number(baseline.get("accuracy"))
+    for row in rows:
+        accuracy = number(row.get("accuracy"))
+        row["is_baseline"] = row.get("id") == baseline.get("id", "baseline")
+        comparable = row.get("accuracy_split") == baseline.get("accuracy_split", row.get("accuracy_split"))
+        known = reference is not None and accuracy is not None and comparable and not row["is_baseline"]
+        row["accuracy_delta_points"] = 100 * (accuracy - reference) if known else None  # type: ignore[operator]
+    return rows
+
+
+def model_rows(profile: Json) -> list[dict[str, Any]]:
+    """What was measured of fp32 and int8: `label`, `fp32`, `int8` and `change` as texts.
+
+    Rows for which neither has a value are left out.
+    """
+    fp32, int8 = section(profile, "models", "fp32"), section(profile, "models", "int8")
+    rows = []
+    for label, keys, less, more in _MODEL_ROWS:
+        before, after = (section(model, *keys[:-1]).get(keys[-1]) for model in (fp32, int8))
+        if before is None and after is None:
+            continue
+        name = "_".join(keys)
+        change = change_text(before, after, less=less, more=more)
+        interval = section(profile, "int8_speedup")
+        if keys == ("latency_ms", "p50") and number(interval.get("ratio")) is not None:
+            change = change_text(interval["ratio"], 1, less=less, more=more)  # paired, so closer than two medians
+        rows.append(
+            {"label": label, "fp32": quantity_text(before, name), "int8": quantity_text(after, name), "change": change}
+        )
+    return rows
+
+
+def speed_sentence(profile: Json) -> str | None:
+    """How int8's speed compares with fp32's, in the right word for the interval; None when it was not measured."""
+    speedup = section(profile, "int8_speedup")
+    ratio = number(speedup.get("ratio"))
+    if ratio is None or ratio <= 0:
+        return None
+    low, high = _interval(speedup.get("ci95")) or (ratio, ratio)
+    said = number_text(ratio)
+    where = printable(profile.get("target", "this target"))
+
+    def interval(first: float, second: float) -> str:
+        return f"95 % interval {number_text(first)} to {number_text(second)}" if first != second else "no interval"
+
+    if low > 1:
+        return f"On {where}, int8 runs {said} times faster than the same network in fp32 ({interval(low, high)})."
+    if high < 1:
+        return (
+            f"On {where}, int8 is slower than fp32: it takes {number_text(1 / ratio)} times as long "
+            f"({interval(1 / high, 1 / low)})."
+        )
+    return f"On {where}, no difference in speed between int8 and fp32 was found: ratio {said} ({interval(low, high)})."
+
+
+def _interval(value: object) -> tuple[float, float] | None:
+    if not isinstance(value, (list, tuple)) or len(value) != 2:
+        return None
+    low, high = number(value[0]), number(value[1])
+    return None if low is None or high is None or low <= 0 else (low, high)
+
+
+Verdict = Literal["ship", "hold", "inconclusive", "unmeasured"]
+
+
+def judge(profile: Json | None, *, missed: Sequence[str] = ()) -> tuple[Verdict, list[str]]:
+    """The verdict to show, and its reasons: what was missed first, then the profile's own reasons.
+
+    `missed` holds one sentence for each gate that was missed; with any of them the verdict is "hold", whatever the
+    profile says. Without a measurement there is no "ship".
+    """
+    facts: Json = profile or {}
+    word = facts.get("verdict")
+    reasons = [*missed, *(printable(reason) for reason in facts.get("reasons") or [])]
+    if missed or word == "hold":
+        return "hold", reasons
+    if not facts or facts.get("measured") is False:
+        return "unmeasured", reasons or [printable(reason) for reason in facts.get("not_measured_because") or []]
+    return ("ship" if word == "ship" else "inconclusive"), reasons
+
+
+def missed_gates(gates: Iterable[Json], target: str | None = None) -> list[str]:
+    """One sentence for each missed gate that concerns the target (gates without a target concern all)."""
+    sentences = []
+    for gate in gates:
+        if gate.get("passed") is not False or gate.get("target") not in (None, target):
+            continue
+        name = str(gate.get("gate", "gate"))
+        measured = f": {quantity_text(gate.get('value'), name)}" if gate.get("value") is not None else ""
+        allowed = f", allowed: {limit_text(gate.get('limit'), name)}" if gate.get("limit") is not None else ""
+        sentences.append(f"Gate missed: {label_text(name)}{measured}{allowed}.")
+    return sentences
+
+
+def verdict_text(profile: Json, *, gates: Iterable[Json] = ()) -> str:
+    """The verdict and its reasons as plain text, one reason a line (print it with markup off).
+
+    `gates` are those of run.json: a missed one turns "ship" into "hold".
+    """
+    target = printable(profile.get("target", "this target"))
+    verdict, reasons = judge(profile, missed=missed_gates(gates, profile.get("target")))
+    words = {"ship": "SHIP", "hold": "HOLD", "inconclusive": "INCONCLUSIVE", "unmeasured": "NOT MEASURED"}
+    return "\n".join(
+        [f"Verdict for {target}: {words[verdict]}", *(f"  - {' '.join(reason.split())}" for reason in reasons)]
+    )
+
+
+def _table(title: str, columns: Sequence[tuple[str, bool]], *, caption: str | None = None) -> Table:
+    table = Table(
+        title=Text(title),
+        caption=Text(caption) if caption else None,
+        box=box.SIMPLE_HEAD,
+        title_justify="left",
+        caption_justify="left",
+        pad_edge=False,
+    )
+    for header, numeric in columns:
+        table.add_column(header, justify="right" if numeric else "left", no_wrap=numeric, overflow="fold")
+    return table
+
+
+def stages_table(manifest: Json) -> Table:
+    """Every stage from the baseline to the last: accuracy with the change in points, and what the model costs."""
+    headers = ("accuracy", "points", "params", "MACs", "sparsity", "size", "time")
+    rows = stage_rows(manifest)
+    splits = sorted({str(row["accuracy_split"]) for row in rows if row.get("accuracy_split")})
+    caption = f"accuracy on {' and '.join(splits)}; points against the baseline" if splits else None
+    table = _table(
+        "Stages", [("stage", False), ("kind", False), *((header, True) for header in headers)], caption=caption
+    )
+    for row in rows:
+        failed = row.get("status") not in ("complete", None)
+        name = printable(row.get("id", MISSING), limit=18) + (f" ({printable(row['status'])})" if failed else "")
+        cells = [
+            name,
+            printable(row.get("kind", MISSING), limit=10),
+            percent_text(row.get("accuracy")),
+            "baseline" if row["is_baseline"] else points_text(row["accuracy_delta_points"]),
+            count_text(row.get("params")),
+            count_text(row.get("macs")),
+            percent_text(row.get("sparsity")),
+            bytes_text(row.get("size_bytes")),
+            seconds_text(row.get("seconds")),
+        ]
+        table.add_row(*(Text(cell) for cell in cells), style="red" if failed else None)
+    return table
+
+
+def models_table(profile: Json) -> Table:
+    """fp32 and int8 side by side as measured on the target, and how int8 differs."""
+    target = printable(profile.get("target", "this target"), limit=40)
+    sentence = speed_sentence(profile)
+    columns = [("", False), ("fp32", True), ("int8", True), ("int8 is", True)]
+    table = _table(f"Measured on {target}", columns, caption=sentence)
+    for row in model_rows(profile):
+        table.add_row(*(Text(row[key]) for key in ("label", "fp32", "int8", "change")))
+    return table

@@ -1,0 +1,165 @@
+"""Whether to ship: a profile and the gates in, one verdict with its reasons out.
+
+What enters: the profile's document, the target's budgets, the gates that were missed. What leaves: `ship`,
+`hold` or `inconclusive`, with reasons in plain sentences. A budget counts as missed only when the whole
+interval lies beyond it; where the interval straddles the budget, or nothing could be measured, the answer is
+`inconclusive`, because a coin toss that stops a release helps nobody.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from edgecompress.target import Target
+
+Json = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """`missed` holds those reasons that are missed gates or budgets; any of them makes the verdict `hold`."""
+
+    verdict: Literal["ship", "hold", "inconclusive"]
+    reasons: list[str]
+    missed: list[str]
+
+
+@dataclass
+class _Findings:
+    missed: list[str] = field(default_factory=list)
+    doubts: list[str] = field(default_factory=list)
+    remarks: list[str] = field(default_factory=list)
+    met: list[str] = field(default_factory=list)
+
+
+def decide(profile: Json, *, target: Target, gates_missed: Sequence[str], accuracy_drop: float | None) -> Verdict:
+    """Judge a profile against a target's budgets.
+
+    `gates_missed` are sentences about missed parity or accuracy gates; `accuracy_drop` is a fraction against
+    the recipe's first model, None where it was not measured. The model judged is int8 where there is one.
+    Reasons come in order of weight: an int8 model that is slower than fp32 first, then what was missed, what
+    is in doubt, and what holds.
+    """
+    findings = _Findings()
+    _judge_speedup(profile, target, findings)
+    findings.missed += gates_missed
+    _judge_accuracy(target, accuracy_drop, findings)
+    name = "int8" if "int8" in profile["models"] else "fp32"
+    model = profile["models"][name]
+    _judge_size(name, model, target, findings)
+    if profile["measured"]:
+        _judge_intervals(name, model, target, findings)
+    else:
+        why = "; ".join(profile["not_measured_because"]) or "the target is not at hand"
+        findings.doubts.append(f"Latency, load time and memory were not measured: {why}.")
+    verdict: Literal["ship", "hold", "inconclusive"] = "ship"
+    if findings.missed:
+        verdict = "hold"
+    elif findings.doubts:
+        verdict = "inconclusive"
+    reasons = [*findings.remarks, *findings.missed, *findings.doubts, *findings.met]
+    return Verdict(verdict, reasons, list(findings.missed))
+
+
+def _judge_speedup(profile: Json, target: Target, findings: _Findings) -> None:
+    speedup = profile["int8_speedup"]
+    if "int8" not in profile["models"] or speedup["ratio"] is None:
+        return
+    low, high = speedup["ci95"]
+    ratio, budget = speedup["ratio"], target.budgets.min_int8_speedup
+    measured = f"fp32 takes {ratio:.2f} times as long as int8 (95 % interval {low:.2f} to {high:.2f})"
+    asks = "" if budget is None else f"; the target asks for at least {budget:g}"
+    if budget is not None and high < budget:
+        findings.missed.append(f"Int8 is {_slower(ratio, high)}: {measured}{asks}.")
+    elif high < 1:  # the target allows it, and still it must not go unsaid
+        findings.remarks.append(f"Int8 is slower than fp32: {measured}{asks}.")
+    elif budget is not None and low < budget:
+        findings.doubts.append(f"Whether int8 is fast enough is open: {measured}{asks}.")
+    elif budget is None and low < 1:
+        findings.doubts.append(f"Whether int8 is faster than fp32 is open: {measured}.")
+    else:
+        findings.met.append(f"Int8 is faster than fp32: {measured}{asks}.")
+
+
+def _slower(ratio: float, high: float) -> str:
+    if high < 1:
+        return "slower than fp32"
+    return "faster than fp32, but not by enough" if ratio > 1 else "not faster than fp32"
+
+
+def _judge_accuracy(target: Target, drop: float | None, findings: _Findings) -> None:
+    budget = target.budgets.max_accuracy_drop
+    if budget is None:
+        return
+    if drop is None:
+        findings.doubts.append(f"The accuracy drop is not known; the target allows {_points(budget)}.")
+    elif drop > budget:
+        findings.missed.append(f"Accuracy drops by {_points(drop)}; the target allows {_points(budget)}.")
+    else:
+        change = f"drops by {_points(drop)}" if drop > 0 else f"rises by {_points(-drop)}"
+        findings.met.append(f"Accuracy {change}; the target allows a drop of {_points(budget)}.")
+
+
+def _judge_size(name: str, model: Json, target: Target, findings: _Findings) -> None:
+    budget = target.budgets.size_bytes
+    if budget is None:
+        return
+    text = f"The {name} file has {_megabytes(model['size_bytes'])}; the target allows {_megabytes(budget)}."
+    (findings.missed if model["size_bytes"] > budget else findings.met).append(text)
+
+
+def _judge_intervals(name: str, model: Json, target: Target, findings: _Findings) -> None:
+    budgets = target.budgets
+    latency = model["latency_ms"]
+    quantities = [
+        ("Latency (p90)", latency["p90"], latency["p90_ci95"], budgets.latency_ms_p90, _milliseconds, "95 % interval"),
+        (
+            "Peak memory",
+            model["peak_rss_bytes"],
+            model["peak_rss_bytes_range"],
+            budgets.peak_rss_bytes,
+            _megabytes,
+            "range",
+        ),
+        ("Load time", model["load_ms"], model["load_ms_range"], budgets.load_ms, _milliseconds, "range"),
+        (
+            "The first inference",
+            model["first_inference_ms"],
+            model["first_inference_ms_range"],
+            budgets.first_inference_ms,
+            _milliseconds,
+            "range",
+        ),
+    ]
+    for label, value, interval, budget, show, kind in quantities:
+        if budget is None:
+            continue
+        if value is None:
+            findings.doubts.append(f"{label} could not be measured on this system; the target allows {show(budget)}.")
+            continue
+        low, high = interval
+        text = (
+            f"{label} of {name} is {show(value)} ({kind} {show(low)} to {show(high)}); the target allows {show(budget)}"
+        )
+        if low > budget:
+            findings.missed.append(f"{text}.")
+        elif high > budget:
+            findings.doubts.append(f"{text}, which lies within the {kind}.")
+        else:
+            findings.met.append(f"{text}.")
+
+
+def _points(fraction: float) -> str:
+    return f"{fraction * 100:.2f} points"
+
+
+def _megabytes(size: float) -> str:
+    if size >= 1e9:
+        return f"{size / 1e9:.2f} GB"
+    return f"{size / 1e6:.2f} MB" if size < 1e7 else f"{size / 1e6:.1f} MB"
+
+
+def _milliseconds(value: float) -> str:
+    return f"{value:.3g} ms" if value < 100 else f"{value:.0f} ms"

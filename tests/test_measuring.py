@@ -1,0 +1,121 @@
+"""Real processes, real sessions: small models, and only ratios that no machine would turn round."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from onnx_models import SIZE, residual_net
+
+from edgecompress import measuring
+from edgecompress.errors import ProfileError
+from edgecompress.measuring import measure_fresh, measure_latency
+
+CPU = ("CPUExecutionProvider",)
+
+
+def test_slower_model_is_found_slower_in_five_processes(tmp_path: Path) -> None:
+    models = {
+        "large": residual_net(tmp_path / "large.onnx", 64, 32),
+        "small": residual_net(tmp_path / "small.onnx", 8, 32),
+    }
+    measured = measure_latency(models, threads=1, providers=CPU, input_npy=None, seconds=0.5)
+    assert measured.processes >= 5
+    assert measured.seconds > 0.5
+    assert "time allowed" in measured.stopped_because or "narrow enough" in measured.stopped_because
+    ratio = measured.ratio("large", "small")
+    assert 1.5 < ratio.low < ratio.ratio < ratio.high
+    assert measured.ratio("small", "large").ratio == pytest.approx(1 / ratio.ratio)
+    p50, p99 = measured.percentile("small", 50), measured.percentile("small", 99)
+    assert 0 < p50.value <= p99.value
+    for process in range(measured.processes):
+        windows = [measured.windows_ms[name][process] for name in models]
+        assert len(windows[0]) == len(windows[1]) == len(measured.reference_ms[process]) >= 4
+        assert all(len(window) >= 3 for model in windows for window in model)
+
+
+def test_measuring_goes_on_until_the_interval_is_narrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Invented answers: processes that disagree by 25 % need more than five of them; equal ones do not."""
+    model = residual_net(tmp_path / "net.onnx")
+    spreads = np.random.default_rng(1).normal(0, 0.05, 200)
+
+    def answer_with(effect: float):  # type: ignore[no-untyped-def]
+        asked: list[list[str]] = []
+
+        def answer(request, **_):  # type: ignore[no-untyped-def]
+            latency = float(np.exp(effect * spreads[len(asked)]))
+            asked.append(request["order"])
+            windows = {"a": [[latency] * 3] * 4, "b": [[1.0] * 3] * 4}
+            return {"windows_ms": windows, "reference_ms": [1.0] * 4, "steady": True}
+
+        return asked, answer
+
+    models = {"a": model, "b": model}
+    asked, answer = answer_with(0.0)
+    monkeypatch.setattr(measuring, "_ask_worker", answer)
+    calm = measure_latency(models, threads=1, providers=CPU, input_npy=None, seconds=60)
+    assert calm.processes == 5
+    assert "narrow enough" in calm.stopped_because
+    assert asked[:2] == [["a", "b"], ["b", "a"]]
+
+    _, answer = answer_with(5.0)
+    monkeypatch.setattr(measuring, "_ask_worker", answer)
+    wild = measure_latency(models, threads=1, providers=CPU, input_npy=None, seconds=60)
+    assert wild.processes == measuring.MAX_PROCESSES
+    assert "processes were measured" in wild.stopped_because
+
+    monkeypatch.setattr(measuring, "_ask_worker", answer_with(5.0)[1])
+    hurried = measure_latency(models, threads=1, providers=CPU, input_npy=None, seconds=1e-6)
+    assert hurried.processes == 5
+    assert "time allowed" in hurried.stopped_because
+
+
+def test_fresh_process_does_not_count_the_parents_memory(tmp_path: Path) -> None:
+    ballast = np.ones(50_000_000)  # 400 MB here, which the started process must not be charged for
+    measured = measure_fresh(residual_net(tmp_path / "net.onnx"), threads=1, providers=CPU, input_npy=None, processes=1)
+    assert ballast[0] == 1
+    assert measured.load_ms > 0
+    assert measured.first_inference_ms > 0
+    assert measured.peak_rss_bytes is None or 10e6 < measured.peak_rss_bytes < 300e6
+    if measured.peak_rss_bytes is not None and measured.rss_before_load_bytes is not None:
+        assert measured.peak_rss_bytes > measured.rss_before_load_bytes
+
+
+def test_given_images_are_what_runs(tmp_path: Path) -> None:
+    model = residual_net(tmp_path / "net.onnx")
+    good, bad = tmp_path / "good.npy", tmp_path / "bad.npy"
+    np.save(good, np.zeros((2, 3, SIZE, SIZE), np.float32))
+    np.save(bad, np.zeros((2, 1, SIZE, SIZE), np.float32))
+    assert measure_fresh(model, threads=1, providers=CPU, input_npy=good, processes=1).processes == 1
+    with pytest.raises(ProfileError, match=r"(?s)code 1.*input"):
+        measure_fresh(model, threads=1, providers=CPU, input_npy=bad, processes=1)
+
+
+def test_failing_process_is_reported_with_its_last_words(tmp_path: Path) -> None:
+    broken = tmp_path / "broken.onnx"
+    broken.write_bytes(b"not a model")
+    with pytest.raises(ProfileError, match=r"(?s)loading of broken\.onnx.*code 1.*[Pp]rotobuf"):
+        measure_fresh(broken, threads=1, providers=CPU, input_npy=None)
+    with pytest.raises(ProfileError, match="no such model file"):
+        measure_latency({"fp32": tmp_path / "absent.onnx"}, threads=1, providers=CPU, input_npy=None)
+
+
+def test_process_that_hangs_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(measuring, "_TIMEOUT_SECONDS", 0.01)
+    with pytest.raises(ProfileError, match="no answer within"):
+        measure_fresh(residual_net(tmp_path / "net.onnx"), threads=1, providers=CPU, input_npy=None)
+
+
+def test_worker_needs_neither_torch_nor_pydantic() -> None:
+    program = (
+        "import json, sys, edgecompress.measure_worker; "
+        "print(json.dumps([m for m in ('torch', 'onnx', 'pydantic', 'rich', 'scipy') if m in sys.modules]))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, env=measuring._environment()
+    )
+    assert json.loads(done.stdout) == []

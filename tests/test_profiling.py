@@ -1,0 +1,100 @@
+"""The profile document: complete where the target is at hand, silent about time where it is not."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from onnx_models import quantized, residual_net, residual_net_macs
+
+from edgecompress import machine, profiling
+from edgecompress.errors import ProfileError
+from edgecompress.profiling import profile_models
+from edgecompress.target import Target
+
+TIMING = ("latency_ms", "throughput_per_s", "load_ms", "first_inference_ms", "peak_rss_bytes")
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("models")
+    fp32 = residual_net(folder / "model.onnx", 16, 32)
+    return {"fp32": fp32, "int8": quantized(fp32, folder / "model.int8.onnx", size=32)}
+
+
+def here(**changes: Any) -> Target:
+    return Target.model_validate({"name": "here", "architecture": machine.architecture(), **changes})
+
+
+@pytest.mark.skipif(machine.architecture() not in ("x86_64", "aarch64"), reason="no target has this architecture")
+def test_profile_of_the_machine_at_hand_is_complete(models: dict[str, Path]) -> None:
+    document = profile_models(models, target=here(), input_npy=None, seconds=0.2)
+    assert json.loads(json.dumps(document)) == document
+    assert document["measured"] is True
+    assert document["not_measured_because"] == []
+    assert document["device"]["machine"]["architecture"] == machine.architecture()
+    for name, path in models.items():
+        model = document["models"][name]
+        latency = model["latency_ms"]
+        assert 0 < latency["p50"] <= latency["p90"] <= latency["p99"]
+        assert latency["p50_ci95"][0] <= latency["p50"] <= latency["p50_ci95"][1]
+        assert model["throughput_per_s"] == pytest.approx(1000 / latency["mean"])
+        assert model["size_bytes"] == path.stat().st_size
+        assert model["size_bytes_compressed"] == pytest.approx(len(gzip.compress(path.read_bytes(), 6)), abs=64)
+        assert model["macs"] == sum(residual_net_macs(16, 32).values())
+        assert model["load_ms"] > 0
+        assert model["first_inference_ms"] > 0
+    low, high = document["int8_speedup"]["ci95"]
+    assert low <= document["int8_speedup"]["ratio"] <= high
+    ratio = document["models"]["fp32"]["latency_ms"]["p50"] / document["models"]["int8"]["latency_ms"]["p50"]
+    assert document["int8_speedup"]["ratio"] == pytest.approx(ratio, rel=0.5)
+    assert document["int8_mac_coverage"] == 1.0
+    assert document["method"]["processes"] >= 5
+    assert document["noise"]["reference_ms"] > 0
+    assert "verdict" not in document
+
+
+def test_target_that_is_not_at_hand_gets_no_invented_numbers(
+    models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("nothing may be measured")
+
+    monkeypatch.setattr(profiling, "measure_latency", never)
+    monkeypatch.setattr(profiling, "measure_fresh", never)
+    board = here(device_model="A board that nobody has")
+    document = profile_models(models, target=board, input_npy=None)
+    assert document["measured"] is False
+    assert "A board that nobody has" in document["not_measured_because"][0]
+    assert document["device"]["machine"] is None
+    for model in document["models"].values():
+        for key in TIMING:
+            values = model[key].values() if key == "latency_ms" else [model[key]]
+            assert set(values) == {None}
+        assert model["size_bytes"] > 0
+        assert model["macs"] == sum(residual_net_macs(16, 32).values())
+    assert document["int8_speedup"] == {"ratio": None, "ci95": None}
+    assert document["int8_mac_coverage"] == 1.0
+
+
+def test_float_model_alone_is_enough(models: dict[str, Path]) -> None:
+    board = here(device_model="A board that nobody has")
+    document = profile_models({"fp32": models["fp32"]}, target=board, input_npy=None)
+    assert list(document["models"]) == ["fp32"]
+    assert document["int8_mac_coverage"] is None
+    with pytest.raises(ProfileError, match="fp32"):
+        profile_models({"int8": models["int8"]}, target=board, input_npy=None)
+
+
+def test_faster_machine_than_the_target_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(profiling, "has_vnni", lambda: True)
+    facts = {"architecture": "x86_64", "isa": ["avx2", "avx512_vnni"], "cores": 8, "governor": "powersave"}
+    target = Target.model_validate(
+        {"name": "old", "architecture": "x86_64", "isa": ["avx2"], "cores": 2, "int8": {"weight_bits": 7}}
+    )
+    notes = " ".join(profiling._notes(target, measured=True, machine=facts, has_images=False))
+    for expected in ("without VNNI", "8 cores", "powersave", "Random images"):
+        assert expected in notes

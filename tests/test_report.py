@@ -1,0 +1,569 @@
+"""The report's pages: what they say for a run that is well, missed a gate, is unfinished or is hostile."""
+
+from __future__ import annotations
+
+import copy
+import json
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from edgecompress.errors import RunError
+from edgecompress.report import markdown_text, report_document, write_report
+from edgecompress.run_directory import RunDirectory, write_json
+
+HOSTILE = (
+    "<img src=x onerror=alert(1)>",
+    '"><script>alert(1)</script>',
+    "a|b`c` **d** [e](http://example.com)\n# f",
+    "\u202eright to left\u202c",
+    "\u05e9\u05dc\u05d5\u05dd \u0645\u0631\u062d\u0628\u0627",
+    "\U0001f469\u200d\U0001f680 astronaut",
+    "x" * 5000,
+    "{{ 7 * 7 }}{% raw %}",
+    "\x1b[31mred\x00\ud800",
+)
+VOID = frozenset(("meta", "line", "rect", "circle", "br"))
+
+STAGES: list[dict[str, Any]] = [
+    {
+        "id": "dense",
+        "kind": "train",
+        "status": "complete",
+        "accuracy": 0.9778,
+        "accuracy_split": "test",
+        "accuracy_ci95": [0.9568, 0.9887],
+        "samples": 360,
+        "params": 272_474,
+        "macs": 2_560_000,
+        "sparsity": 0.0,
+        "size_bytes": 1_102_340,
+        "size_bytes_compressed": 1_012_000,
+        "seconds": 21.4,
+        "epochs": 30,
+        "summary": "trained on labels for 30 epochs",
+    },
+    {
+        "id": "pruned",
+        "kind": "prune",
+        "status": "complete",
+        "accuracy": 0.9722,
+        "accuracy_split": "test",
+        "accuracy_ci95": [0.9496, 0.9848],
+        "samples": 360,
+        "params": 81_402,
+        "macs": 812_000,
+        "sparsity": 0.0,
+        "size_bytes": 338_120,
+        "size_bytes_compressed": 309_400,
+        "seconds": 34.0,
+        "epochs": 34,
+        "summary": "removed 68.3% of the MACs and 70.1% of the parameters in 4 step(s), channels rounded to 8; "
+        "finetuned 34 epochs with teacher stage dense (temperature 4, alpha 0.7)",
+    },
+    {
+        "id": "int8",
+        "kind": "quantize",
+        "status": "complete",
+        "accuracy": 0.975,
+        "accuracy_split": "test",
+        "accuracy_ci95": [0.9532, 0.9868],
+        "samples": 360,
+        "params": 81_402,
+        "macs": 812_000,
+        "sparsity": 0.012,
+        "size_bytes": 112_480,
+        "size_bytes_compressed": 84_210,
+        "seconds": 6.2,
+        "calibration_samples": 256,
+        "summary": "int8, uint8 activations and 8-bit weights, calibrated on 256 training images",
+    },
+]
+GATES: list[dict[str, Any]] = [
+    {"gate": "max_accuracy_drop", "value": 0.0028, "limit": 0.02, "passed": True, "target": None},
+    {"gate": "fp32_max_relative_diff", "value": 3.1e-6, "limit": 1e-3, "passed": True, "target": "x86"},
+    {"gate": "fp32_min_top1_agreement", "value": 1.0, "limit": 0.995, "passed": True, "target": "x86"},
+    {"gate": "int8_min_top1_agreement", "value": 0.9944, "limit": 0.95, "passed": True, "target": "x86"},
+    {"gate": "int8_min_top1_agreement", "value": 0.4, "limit": 0.95, "passed": False, "target": "rpi4"},
+]
+RECIPE: dict[str, Any] = {
+    "name": "prune_kd",
+    "description": "Train a small residual network, cut its channels with the dense one as teacher, make it int8.",
+    "seed": 0,
+    "data": {"name": "digits", "val_fraction": 0.15},
+    "model": {"name": "resnet20", "arguments": {}},
+    "stages": [{"kind": "train", "id": "dense", "epochs": 30}, {"kind": "prune", "id": "pruned", "channel_ratio": 0.5}],
+    "gates": {"max_accuracy_drop": 0.02},
+}
+MANIFEST: dict[str, Any] = {
+    "schema_version": 1,
+    "edgecompress_version": "0.1.0",
+    "recipe_name": "prune_kd",
+    "recipe": RECIPE,
+    "recipe_source": "recipes/prune_kd.yaml",
+    "overrides": ["stages.pruned.channel_ratio=0.5"],
+    "targets": ["x86"],
+    "command": "edgecompress run recipes/prune_kd.yaml --target x86 --set stages.pruned.channel_ratio=0.5",
+    "seed": 0,
+    "started_at": "2026-03-02T10:11:12Z",
+    "finished_at": "2026-03-02T10:12:48Z",
+    "status": "complete",
+    "versions": {"torch": "2.14.1", "onnxruntime": "1.32.0", "torchao": "0.18.0"},
+    "machine": {
+        "cpu": "Example CPU @ 2.10GHz",
+        "architecture": "x86_64",
+        "isa": ["avx2", "avx512f", "avx512_vnni"],
+        "cores": 2,
+        "memory_bytes": 8_000_000_000,
+        "governor": None,
+        "frequency_mhz": {"current": 2100.0, "max": None},
+    },
+    "data": {
+        "name": "digits",
+        "splits": {"train": 1222, "val": 215, "test": 360},
+        "num_classes": 10,
+        "fingerprint": "9f2c41d7",
+        "notes": ["The test split is small: one image is 0.28 points."],
+    },
+    "model": {
+        "name": "resnet20",
+        "weights": "trained",
+        "preprocessing": {"input_size": 8, "mean": [0.31], "std": [0.37]},
+    },
+    "notes": [],
+    "baseline": {"id": "dense", "accuracy": 0.9778, "accuracy_split": "test", "params": 272_474, "macs": 2_560_000},
+    "stages": STAGES,
+    "decisions": [
+        {"what": "weight_bits", "value": 8, "why": "the machine has AVX-512 VNNI"},
+        {"what": "placement", "value": {"float": []}, "why": "full int8 was fastest of 3: 0.079 ms"},
+    ],
+    "gates": GATES,
+    "artifacts": {"export/model.onnx": "ab" * 32, "export/model.int8.onnx": "cd" * 32},
+}
+MANIFEST["baseline"]["size_bytes"] = STAGES[0]["size_bytes"]
+PARITY: dict[str, Any] = {
+    "target": "x86",
+    "samples": 360,
+    "split": "test",
+    "constant_predictions": False,
+    "onnx_fp32": {"max_abs_diff": 2.4e-5, "max_relative_diff": 3.1e-6, "top1_agreement": 1.0, "passed": True},
+    "onnx_int8": {
+        "top1_agreement": 0.9944,
+        "sqnr_db": 31.2,
+        "accuracy_fp32": 0.9722,
+        "accuracy_int8": 0.975,
+        "torch_int8_top1_agreement": 1.0,
+        "torch_int8_max_abs_diff": 0.09,
+        "passed": True,
+        "scheme": {"activations": "uint8", "weights": "int8", "weight_bits": 8},
+    },
+    "classes": [
+        {"name": str(digit), "samples": 36, "accuracy_fp32": 0.9722, "accuracy_int8": 0.9722, "flips": 0}
+        for digit in range(8)
+    ]
+    + [
+        {"name": "8", "samples": 36, "accuracy_fp32": 0.9444, "accuracy_int8": 0.9166, "flips": 1},
+        {"name": "9", "samples": 36, "accuracy_fp32": 0.9166, "accuracy_int8": 0.9722, "flips": 2},
+    ],
+    "failures": [],
+}
+
+
+def _model(p50: float, size: int, operators: dict[str, int]) -> dict[str, Any]:
+    return {
+        "latency_ms": {
+            "p50": p50,
+            "p90": p50 * 1.08,
+            "p99": p50 * 1.3,
+            "mean": p50 * 1.02,
+            "p50_ci95": [p50 * 0.99, p50 * 1.01],
+            "p90_ci95": [p50 * 1.06, p50 * 1.12],
+        },
+        "throughput_per_s": 1000 / p50,
+        "size_bytes": size,
+        "size_bytes_compressed": size * 3 // 4,
+        "peak_rss_bytes": 61_300_000,
+        "load_ms": 9.4,
+        "first_inference_ms": 0.61,
+        "macs": 812_000,
+        "op_counts": operators,
+        "float_islands_total": 1,
+        "float_islands": [{"op_type": "Softmax", "names": ["/head/softmax"], "macs": 0}],
+    }
+
+
+PROFILE: dict[str, Any] = {
+    "target": "x86",
+    "measured": True,
+    "not_measured_because": [],
+    "device": {"summary": "Example CPU @ 2.10GHz, 2 cores, AVX-512 VNNI", "is_target": True},
+    "models": {
+        "fp32": _model(0.148, 338_120, {"Conv": 21, "Add": 9, "Gemm": 1}),
+        "int8": _model(0.079, 112_480, {"QLinearConv": 21, "QLinearAdd": 9, "QGemm": 1, "QuantizeLinear": 1}),
+    },
+    "int8_speedup": {"ratio": 1.87, "ci95": [1.81, 1.93]},
+    "int8_mac_coverage": 0.9987,
+    "noise": {"reference_ms": 0.412, "reference_spread": 0.011, "steady_processes": 8, "processes": 8},
+    "method": {"processes": 8, "windows_per_model": 96, "threads": 1, "batch": 1, "stopped_because": "narrow enough"},
+    "notes": [],
+    "budgets": [
+        {"budget": "latency_ms_p90", "limit": 0.2, "value": 0.079 * 1.08, "status": "met"},
+        {"budget": "size_bytes", "limit": 200_000, "value": 112_480, "status": "met"},
+        {"budget": "min_int8_speedup", "limit": 1.0, "value": 1.87, "status": "met"},
+    ],
+    "verdict": "ship",
+    "reasons": ["Latency (p90) of int8 is 0.0853 ms (95 % interval 0.0837 ms to 0.0885 ms); the target allows 0.2 ms."],
+}
+
+
+def make_run(
+    path: Path,
+    *,
+    manifest: dict[str, Any] | None = None,
+    parity: dict[str, Any] | None = PARITY,
+    profile: dict[str, Any] | None = PROFILE,
+) -> RunDirectory:
+    """A run directory with these files; None leaves a file out."""
+    run = RunDirectory(path)
+    write_json(run.manifest_path, MANIFEST | (manifest or {}))
+    if parity is not None:
+        write_json(run.export / "parity.json", parity)
+    if profile is not None:
+        write_json(run.profile_path("x86"), profile)
+    return run
+
+
+class _Page(HTMLParser):
+    """Collects tags, attributes and text, and checks that tags nest."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__(convert_charrefs=True)
+        self.tags: set[str] = set()
+        self.attributes: set[str] = set()
+        self.open: list[str] = []
+        self.texts: list[str] = []
+        self.ids: list[str] = []
+        self.labels: list[str] = []
+        self.feed(html)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        self.attributes |= {name for name, _ in attrs}
+        self.ids += [value for name, value in attrs if name == "id" and value]
+        self.labels += [
+            label for name, value in attrs if name == "aria-labelledby" and value for label in value.split()
+        ]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        if tag not in VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.texts.append(data)
+
+    @property
+    def text(self) -> str:
+        """All text, blanks collapsed."""
+        return " ".join(" ".join(self.texts).split())
+
+
+def _render(run: RunDirectory) -> tuple[_Page, str]:
+    paths = write_report(run, "x86")
+    return _Page(paths.html.read_text(encoding="utf-8")), paths.markdown.read_text(encoding="utf-8")
+
+
+def test_both_pages_carry_the_same_facts_in_the_order_of_the_questions(tmp_path: Path) -> None:
+    page, markdown = _render(make_run(tmp_path / "run"))
+    questions = [
+        "May I ship this?",
+        "What did I gain and pay?",
+        "Can I trust it?",
+        "Where does the time go?",
+        "How was it made",
+    ]
+    for text in (page.text, markdown):
+        places = [text.index(question) for question in questions]
+        assert places == sorted(places)
+        for fact in (
+            "3.15 times fewer MACs",
+            "9.80 times smaller",
+            "1.87 times faster",
+            "97.5 %",
+            "112 kB",
+            "31.2 dB",
+            "99.9 %",
+        ):
+            assert fact in text, fact
+        assert "edgecompress run recipes/prune_kd.yaml --target x86 --set stages.pruned.channel_ratio=0.5" in text
+        assert "channel_ratio: 0.5" in text
+        assert "9f2c41d7" in text
+        assert "ab" * 32 in text
+        assert "QLinearConv" in text
+    assert "\N{MINUS SIGN}0.3 points" in page.text
+    assert "-0.3 points" in markdown
+    assert not page.open
+    assert set(page.labels) <= set(page.ids)
+    assert len(page.ids) == len(set(page.ids))
+
+
+def test_the_page_asks_for_nothing_from_outside(tmp_path: Path) -> None:
+    page, _ = _render(make_run(tmp_path / "run"))
+    assert not page.tags & {"script", "link", "img", "iframe", "object", "base", "form"}
+    assert not page.attributes & {"src", "href", "srcset", "action"}
+    html = write_report(RunDirectory(tmp_path / "run"), "x86").html.read_text(encoding="utf-8")
+    assert "url(" not in html
+    assert "@import" not in html
+
+
+def test_the_document_is_json(tmp_path: Path) -> None:
+    document = report_document(make_run(tmp_path / "run"), "x86")
+    assert json.loads(json.dumps(document, allow_nan=False)) == document
+
+
+def test_rendering_again_gives_the_same_bytes(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    first = write_report(run, "x86").html.read_bytes()
+    assert write_report(run, "x86").html.read_bytes() == first
+
+
+def test_a_run_that_meets_everything_ships(tmp_path: Path) -> None:
+    decision = report_document(make_run(tmp_path / "run"), "x86")["decision"]
+    assert decision["verdict"] == "ship"
+    assert "4 gates and 3 budgets" in decision["headline"]
+    budgets = {budget["name"]: budget for budget in decision["budgets"]}
+    assert budgets["latency_ms_p90"]["ci95"] == PROFILE["models"]["int8"]["latency_ms"]["p90_ci95"]
+    assert budgets["min_int8_speedup"]["ci95"] == [1.81, 1.93]
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "reason"),
+    [
+        (
+            "manifest",
+            {"gates": [{**GATES[0], "value": 0.08, "passed": False}]},
+            "Accuracy drop: 8.0 points, allowed: at most 2 points",
+        ),
+        ("manifest", {"status": "failed"}, "failed"),
+        (
+            "manifest",
+            {"stages": [{**STAGES[0], "status": "failed", "error": "loss is not finite"}]},
+            "loss is not finite",
+        ),
+        ("parity", {"constant_predictions": True}, "one class for every image"),
+        ("parity", {"failures": ["int8 agrees on 90 %"]}, "int8 agrees on 90 %"),
+        ("parity", {"onnx_fp32": {"passed": False}}, "fp32 ONNX file"),
+        ("profile", {"budgets": [{"budget": "size_bytes", "limit": 10, "value": 20, "status": "missed"}]}, "File size"),
+        ("profile", {"verdict": "hold", "reasons": ["too slow"]}, "too slow"),
+    ],
+)
+def test_nothing_missed_ever_looks_like_ship(tmp_path: Path, file: str, change: dict[str, Any], reason: str) -> None:
+    files = {"manifest": MANIFEST, "parity": PARITY, "profile": PROFILE}
+    files[file] = files[file] | change
+    run = make_run(tmp_path / "run", **files)
+    decision = report_document(run, "x86")["decision"]
+    assert decision["verdict"] == "hold"
+    assert reason in " ".join(decision["reasons"])
+    page, markdown = _render(run)
+    assert "Hold" in page.text
+    assert "**Hold.**" in markdown
+    assert "Everything asked for is met" not in page.text + markdown
+
+
+def test_a_target_out_of_reach_is_not_measured_and_never_ships(tmp_path: Path) -> None:
+    profile = {"measured": False, "not_measured_because": ["this machine is x86_64"], "verdict": "ship", "reasons": []}
+    decision = report_document(make_run(tmp_path / "run", profile=PROFILE | profile), "x86")["decision"]
+    assert decision["label"] == "Not measured"
+    assert decision["reasons"] == ["this machine is x86_64"]
+
+
+def test_missing_files_are_named_with_the_command_that_makes_them(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "a run", parity=None, profile=None)
+    page, markdown = _render(run)
+    for text in (page.text, markdown):
+        assert f"edgecompress export '{run.path}' --int8 --target x86" in text
+        assert f"edgecompress profile '{run.path}' --target x86" in text
+    assert "Not measured" in page.text
+
+
+def test_a_failed_run_says_how_to_go_on(tmp_path: Path) -> None:
+    failed = [STAGES[0], {"id": "pruned", "kind": "prune", "status": "failed", "error": "nothing was pruned"}]
+    run = make_run(tmp_path / "run", manifest={"status": "failed", "stages": failed}, parity=None, profile=None)
+    page, _ = _render(run)
+    assert f"{MANIFEST['command']} --output {run.path} --resume" in page.text
+    assert "Stage pruned failed: nothing was pruned" in page.text
+
+
+def test_a_manifest_with_nothing_in_it_renders(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path / "run")
+    write_json(run.manifest_path, {"schema_version": 1, "status": "running", "recipe_name": "mine"})
+    write_json(run.export / "parity.json", {})
+    write_json(run.profile_path("x86"), {})
+    page, markdown = _render(run)
+    assert "mine on x86" in page.text
+    assert "No stage has finished yet" in markdown
+
+
+def _places(document: Any, here: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """The place of every key, however deep; of lists only the first element."""
+    if isinstance(document, dict):
+        return [place for key in document for place in ((*here, key), *_places(document[key], (*here, key)))]
+    return _places(document[0], (*here, 0)) if isinstance(document, list) and document else []
+
+
+@pytest.mark.parametrize("file", ["manifest", "parity", "profile"])
+def test_any_key_may_be_missing(tmp_path: Path, file: str) -> None:
+    files = {"manifest": MANIFEST, "parity": PARITY, "profile": PROFILE}
+    run = make_run(tmp_path / "run")
+    paths = {"manifest": run.manifest_path, "parity": run.export / "parity.json", "profile": run.profile_path("x86")}
+    for place in _places(files[file]):
+        if place == ("schema_version",):
+            continue
+        document = copy.deepcopy(files[file])
+        parent = document
+        for key in place[:-1]:
+            parent = parent[key]
+        del parent[place[-1]]
+        paths[file].write_text(json.dumps(document), encoding="utf-8")
+        try:
+            write_report(run, "x86")
+        except Exception as error:
+            raise AssertionError(f"{file} without {place}: {error!r}") from error
+
+
+def test_no_run_is_a_clear_error(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="not a run directory"):
+        write_report(RunDirectory(tmp_path), "x86")
+
+
+def test_slower_int8_and_lost_classes_are_said_first(tmp_path: Path) -> None:
+    parity = copy.deepcopy(PARITY)
+    parity["classes"][3] |= {"name": "owl", "accuracy_int8": 0.75, "flips": 9}
+    parity["classes"][4] |= {"name": "one image lost", "samples": 4, "accuracy_fp32": 1.0, "accuracy_int8": 0.75}
+    profile = PROFILE | {"int8_speedup": {"ratio": 0.8, "ci95": [0.77, 0.83]}, "verdict": "inconclusive", "reasons": []}
+    notes = ["The weights are random."]
+    run = make_run(tmp_path / "run", manifest={"notes": notes}, parity=parity, profile=profile)
+    decision = report_document(run, "x86")["decision"]
+    assert decision["notes"][0] == notes[0]
+    assert "it takes 1.25 times as long (95 % interval 1.20 to 1.30)" in decision["notes"][1]
+    assert "owl (-22.2)" in decision["notes"][2]
+    assert "one image lost" not in decision["notes"][2]
+    page, _ = _render(run)
+    assert page.text.index("random") < page.text.index("95 % interval") < page.text.index("What did I gain")
+
+
+def test_worst_classes_come_first_and_the_rest_is_counted(tmp_path: Path) -> None:
+    names = [
+        {"name": f"class {i}", "samples": 10, "accuracy_fp32": 0.9, "accuracy_int8": 0.9 - i / 1000, "flips": i}
+        for i in range(525)
+    ]
+    run = make_run(tmp_path / "run", parity=PARITY | {"classes": names})
+    trust = report_document(run, "x86")["trust"]
+    assert [row["name"] for row in trust["classes"]] == [f"class {524 - i}" for i in range(20)]
+    assert trust["classes_hidden"] == 504
+    page, markdown = _render(run)
+    assert "504 more" in page.text
+    assert "504 more" in markdown
+    assert write_report(run, "x86").html.stat().st_size < 200_000
+
+
+def _hostile_run(path: Path) -> RunDirectory:
+    parity, profile, manifest = copy.deepcopy(PARITY), copy.deepcopy(PROFILE), copy.deepcopy(MANIFEST)
+    parity["classes"] = [
+        {"name": name, "samples": 50, "accuracy_fp32": 0.9, "accuracy_int8": 0.5 + i / 100, "flips": 20}
+        for i, name in enumerate(HOSTILE)
+    ]
+    evil = HOSTILE[0]
+    manifest["recipe"]["description"] = evil
+    manifest |= {"notes": list(HOSTILE), "command": evil, "overrides": [f"data.root={evil}"], "artifacts": {evil: evil}}
+    manifest["decisions"] = [{"what": evil, "value": evil, "why": evil}]
+    manifest["versions"] = {evil: evil}
+    manifest["data"]["name"] = evil
+    manifest["gates"].append({"gate": evil, "value": evil, "limit": evil, "passed": None})
+    manifest["stages"][0] |= {"id": evil, "kind": evil, "summary": evil}
+    profile["reasons"] = list(HOSTILE)
+    profile["models"]["int8"]["op_counts"] = {evil: 1}
+    profile["models"]["int8"]["float_islands"] = [{"op_type": evil, "names": [evil], evil: evil}]
+    profile["budgets"] = [{"budget": evil, "limit": evil, "value": evil, "status": evil}]
+    run = make_run(path)
+    # json.dumps with ASCII only, since a lone surrogate cannot be written as UTF-8
+    run.manifest_path.write_text(json.dumps(manifest), encoding="ascii")
+    (run.export / "parity.json").write_text(json.dumps(parity), encoding="ascii")
+    run.profile_path("x86").write_text(json.dumps(profile), encoding="ascii")
+    return run
+
+
+def test_hostile_names_are_inert(tmp_path: Path) -> None:
+    plain, _ = _render(make_run(tmp_path / "plain"))
+    page, markdown = _render(_hostile_run(tmp_path / "hostile"))
+    allowed = plain.tags | {"div", "p", "ul", "li", "table", "td"}
+    assert page.tags <= allowed
+    assert page.attributes <= plain.attributes | {"role"}
+    assert not page.open
+    assert HOSTILE[0] in page.text
+    assert "{{ 7 * 7 }}" in page.text
+    assert HOSTILE[4] in page.text
+    assert HOSTILE[5] in page.text
+    for text in (page.text, markdown):
+        assert not set(text) & set("\x1b\x00\u202e\u202c")
+        assert "x" * 100 not in text.split("Can I trust it?")[1]  # long names are cut
+    prose = "\n".join(part for i, part in enumerate(markdown.split("```")) if i % 2 == 0)
+    assert "<" not in prose
+    assert "\n# f" not in markdown
+
+
+def test_hostile_rows_keep_their_cells_in_markdown(tmp_path: Path) -> None:
+    _, markdown = _render(_hostile_run(tmp_path / "run"))
+    width = None
+    for line in markdown.splitlines():
+        if not line.startswith("|"):
+            width = None
+            continue
+        cells = line.replace("\\|", "").count("|")
+        width = width or cells
+        assert cells == width, line
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("a|b", "a\\|b"),
+        ("`code`", "\\`code\\`"),
+        ("<b>&", "&lt;b&gt;&amp;"),
+        ("line\n# heading", "line \\# heading"),
+        ("latency_ms", "latency_ms"),
+        ("_emphasis_", "\\_emphasis\\_"),
+        (-0.3, "-0.3"),
+    ],
+)
+def test_markdown_text(text: object, expected: str) -> None:
+    assert markdown_text(text) == expected
+
+
+def test_a_fence_is_longer_than_any_run_of_backticks_in_the_recipe(tmp_path: Path) -> None:
+    recipe = RECIPE | {"description": "```\n# not a heading\n````"}
+    _, markdown = _render(make_run(tmp_path / "run", manifest={"recipe": recipe}))
+    assert "`````\nname: prune_kd" in markdown
+
+
+def test_positions_in_figures_stay_inside(tmp_path: Path) -> None:
+    gain = report_document(make_run(tmp_path / "run"), "x86")["gain"]
+    for figure in (gain["accuracy_figure"], gain["latency_figure"]):
+        low, high = figure["axis"]["low"], figure["axis"]["high"]
+        assert 3 <= len(figure["axis"]["ticks"]) <= 8
+        assert figure["axis"]["ticks"][0]["at"] == low
+        assert figure["axis"]["ticks"][-1]["at"] == high
+        for row in figure["rows"]:
+            values = [row[key] for key in ("bar", "dot", "low", "high") if row[key] is not None]
+            assert all(low <= value <= high for value in values)
+    assert gain["accuracy_figure"]["axis"]["high"] <= 100
+    assert gain["accuracy_figure"]["mark"] == pytest.approx(97.78)
+    assert gain["latency_figure"]["mark"] == 0.2

@@ -1,0 +1,256 @@
+"""Texts and tables of results: units, words for better and worse, and widths that fit a terminal."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+from rich.table import Table
+
+from edgecompress import summary
+
+MANIFEST: dict[str, Any] = {
+    "baseline": {"id": "dense", "accuracy": 0.9778, "accuracy_split": "test"},
+    "stages": [
+        {
+            "id": "dense",
+            "kind": "train",
+            "status": "complete",
+            "accuracy": 0.9778,
+            "accuracy_split": "test",
+            "params": 25_557_032,
+            "macs": 4_089_184_256,
+            "sparsity": 0.0,
+            "size_bytes": 102_340_111,
+            "seconds": 7512,
+        },
+        {
+            "id": "pruned_" + "x" * 57,
+            "kind": "prune",
+            "status": "complete",
+            "accuracy": 0.9722,
+            "accuracy_split": "test",
+            "params": 81_402,
+            "macs": 812_000,
+            "sparsity": 0.5,
+            "size_bytes": 338_120,
+            "seconds": 34.0,
+        },
+        {"id": "int8", "kind": "quantize", "status": "failed", "error": "cannot be captured"},
+    ],
+}
+PROFILE: dict[str, Any] = {
+    "target": "x86",
+    "measured": True,
+    "models": {
+        "fp32": {
+            "latency_ms": {"p50": 0.148, "p90": 0.160},
+            "throughput_per_s": 6757.0,
+            "size_bytes": 338_120,
+            "load_ms": 9.4,
+        },
+        "int8": {
+            "latency_ms": {"p50": 0.079, "p90": 0.085},
+            "throughput_per_s": 12658.0,
+            "size_bytes": 112_480,
+            "load_ms": 12.4,
+        },
+    },
+    "int8_speedup": {"ratio": 1.87, "ci95": [1.81, 1.93]},
+    "verdict": "ship",
+    "reasons": ["Latency (p90) of int8 is 0.085 ms; the target allows [0.2 ms]."],
+}
+
+
+def _printed(table: Table, width: int = 100) -> list[str]:
+    stream = io.StringIO()
+    Console(file=stream, width=width, color_system=None).print(table)
+    return stream.getvalue().splitlines()
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (0, "0 B"),
+        (512, "512 B"),
+        (999.6, "1.00 kB"),
+        (81_234, "81.2 kB"),
+        (999_600, "1.00 MB"),
+        (1_500_000_000, "1.50 GB"),
+        (None, "-"),
+    ],
+)
+def test_bytes_are_decimal_with_three_digits(value: float | None, expected: str) -> None:
+    assert summary.bytes_text(value) == expected
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (0, "0"),
+        (0.31234, "0.312"),
+        (12.34, "12.3"),
+        (1234.5, "1,234"),
+        (3.8e-6, "3.8e-06"),
+        (float("nan"), "-"),
+        (True, "-"),
+        ("x", "-"),
+    ],
+)
+def test_numbers(value: object, expected: str) -> None:
+    assert summary.number_text(value) == expected
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [(1.0, "100.0 %"), (0.9997, "99.97 %"), (0.975, "97.5 %"), (0.0, "0.0 %"), (0.0002, "0.02 %")],
+)
+def test_percent_never_rounds_to_a_false_end(value: float, expected: str) -> None:
+    assert summary.percent_text(value) == expected
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"), [(-0.34, "-0.3"), (0.4, "+0.4"), (-0.03, "-0.03"), (0.0, "0.0"), (None, "-")]
+)
+def test_points(value: float | None, expected: str) -> None:
+    assert summary.points_text(value) == expected
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [(0.42, "0.420 s"), (12.2, "12 s"), (200, "3 min 20 s"), (59.99, "60 s"), (7512, "2 h 5 min")],
+)
+def test_seconds(value: float, expected: str) -> None:
+    assert summary.seconds_text(value) == expected
+
+
+@pytest.mark.parametrize(
+    ("value", "name", "expected"),
+    [
+        (5.0, "latency_ms_p90", "at most 5 ms"),
+        (200_000, "size_bytes", "at most 200 kB"),
+        (1.0, "min_int8_speedup", "at least 1x"),
+        (0.95, "int8_min_top1_agreement", "at least 95 %"),
+        (0.02, "max_accuracy_drop", "at most 2 points"),
+        (1e-3, "fp32_max_relative_diff", "at most 0.001"),
+        (None, "size_bytes", "-"),
+    ],
+)
+def test_limits_carry_direction_and_unit(value: float | None, name: str, expected: str) -> None:
+    assert summary.limit_text(value, name) == expected
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "expected"),
+    [
+        (100, 50, "2.00 times smaller"),
+        (50, 100, "2.00 times larger"),
+        (1000, 1003, "the same"),
+        (0, 5, "-"),
+        (None, 5, "-"),
+    ],
+)
+def test_changes_use_the_word_that_fits(before: float | None, after: float, expected: str) -> None:
+    assert summary.change_text(before, after, less="smaller", more="larger") == expected
+
+
+@pytest.mark.parametrize(
+    ("ratio", "interval", "expected"),
+    [
+        (1.87, [1.81, 1.93], "int8 runs 1.87 times faster"),
+        (0.8, [0.77, 0.83], "it takes 1.25 times as long (95 % interval 1.20 to 1.30)"),
+        (1.01, [0.98, 1.04], "no difference in speed"),
+        (1.5, None, "1.50 times faster"),
+    ],
+)
+def test_speed_is_said_as_its_interval_allows(ratio: float, interval: list[float] | None, expected: str) -> None:
+    sentence = summary.speed_sentence({"target": "x86", "int8_speedup": {"ratio": ratio, "ci95": interval}})
+    assert sentence is not None
+    assert expected in sentence
+
+
+def test_speed_that_was_not_measured_is_not_said() -> None:
+    assert summary.speed_sentence({"int8_speedup": {"ratio": None, "ci95": None}}) is None
+
+
+def test_stage_rows_compare_with_the_baseline() -> None:
+    rows = summary.stage_rows(MANIFEST)
+    assert [row["is_baseline"] for row in rows] == [True, False, False]
+    assert rows[1]["accuracy_delta_points"] == pytest.approx(-0.56)
+    assert rows[2]["accuracy_delta_points"] is None
+
+
+def test_a_baseline_that_is_no_stage_leads_the_rows() -> None:
+    rows = summary.stage_rows({**MANIFEST, "baseline": {"id": "pretrained", "accuracy": 0.99, "accuracy_split": "val"}})
+    assert [row["id"] for row in rows][:2] == ["pretrained", "dense"]
+    assert rows[1]["accuracy_delta_points"] is None  # val against test says nothing
+
+
+def test_stages_table_fits_and_shows_what_failed() -> None:
+    lines = _printed(summary.stages_table(MANIFEST))
+    text = "\n".join(lines)
+    assert max(map(len, lines)) <= 100
+    for fact in ("97.8 %", "baseline", "-0.6", "25.6 M", "4.09 G", "102 MB", "2 h 5 min", "50.0 %", "int8 (failed)"):
+        assert fact in text, fact
+    row = next(line for line in lines if "dense" in line)
+    other = next(line for line in lines if "pruned" in line)
+    assert row.index("25.6 M") + len("25.6 M") == other.index("81.4 k") + len("81.4 k")  # right-aligned
+
+
+def test_models_table_fits_and_names_the_change() -> None:
+    lines = _printed(summary.models_table(PROFILE))
+    assert max(map(len, lines)) <= 100
+    rows = {line.split("  ")[0].strip(): line for line in lines}
+    assert rows["Latency, median"].split("  ")[-1].strip() == "1.87 times faster"
+    assert "1.32 times slower" in rows["Load time"]
+    assert "1.87 times more" in rows["Throughput"]
+    assert "Peak memory" not in rows  # nobody measured it
+
+
+def test_tables_of_nothing_print() -> None:
+    assert _printed(summary.stages_table({}))
+    assert _printed(summary.models_table({}))
+
+
+def test_verdict_text_keeps_brackets_and_gives_reasons() -> None:
+    assert summary.verdict_text(PROFILE) == (
+        "Verdict for x86: SHIP\n  - Latency (p90) of int8 is 0.085 ms; the target allows [0.2 ms]."
+    )
+
+
+def test_a_missed_gate_holds_whatever_the_profile_says() -> None:
+    gates = [
+        {"gate": "int8_min_top1_agreement", "value": 0.9, "limit": 0.95, "passed": False, "target": "x86"},
+        {"gate": "max_accuracy_drop", "value": 0.5, "limit": 0.02, "passed": False, "target": "rpi4"},
+    ]
+    lines = summary.verdict_text(PROFILE, gates=gates).splitlines()
+    assert lines[0] == "Verdict for x86: HOLD"
+    assert lines[1] == "  - Gate missed: ONNX int8: top-1 agreement with fp32: 90.0 %, allowed: at least 95 %."
+    assert len(lines) == 3
+
+
+def test_without_a_measurement_there_is_no_ship() -> None:
+    profile = {
+        "target": "rpi4",
+        "measured": False,
+        "not_measured_because": ["this machine is x86_64"],
+        "verdict": "ship",
+    }
+    assert summary.verdict_text(profile) == "Verdict for rpi4: NOT MEASURED\n  - this machine is x86_64"
+
+
+def test_printable_defuses_and_keeps_what_is_text() -> None:
+    assert summary.printable("\x1b[31m\u202eab\ud800") == "\ufffd[31m\ufffdab\ufffd"
+    family = "\U0001f469\u200d\U0001f680 \u05e9\u05dc\u05d5\u05dd"
+    assert summary.printable(family) == family
+    assert summary.printable("x" * 50, limit=10) == "x" * 9 + "\u2026"
+
+
+@given(st.floats(allow_nan=True, allow_infinity=True) | st.integers() | st.none() | st.text(max_size=5))
+def test_every_value_has_a_text(value: object) -> None:
+    for name in ("size_bytes", "latency_ms", "accuracy", "seconds", "max_accuracy_drop", "anything"):
+        assert summary.quantity_text(value, name)

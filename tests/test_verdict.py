@@ -1,0 +1,146 @@
+"""Ship, hold or inconclusive: one case for each way a profile can lie against a budget."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from edgecompress.target import Target
+from edgecompress.verdict import Verdict, decide
+
+
+def profile(
+    *,
+    ratio: tuple[float, float, float] = (2.0, 1.9, 2.1),
+    p90: tuple[float, float, float] = (5.0, 4.8, 5.2),
+    **changes: Any,
+) -> dict[str, Any]:
+    model = {
+        "latency_ms": {"p90": p90[0], "p90_ci95": [p90[1], p90[2]]},
+        "size_bytes": 4_000_000,
+        "peak_rss_bytes": 90_000_000,
+        "peak_rss_bytes_range": [89_000_000, 91_000_000],
+        "load_ms": 30.0,
+        "load_ms_range": [28.0, 33.0],
+        "first_inference_ms": 6.0,
+        "first_inference_ms_range": [5.5, 6.5],
+    }
+    document = {
+        "measured": True,
+        "not_measured_because": [],
+        "models": {"fp32": {**model, "size_bytes": 16_000_000}, "int8": {**model, **changes}},
+        "int8_speedup": {"ratio": ratio[0], "ci95": [ratio[1], ratio[2]]},
+    }
+    return document
+
+
+def judge(
+    document: dict[str, Any], *, gates: tuple[str, ...] = (), drop: float | None = 0.004, **budgets: Any
+) -> Verdict:
+    target = Target.model_validate({"name": "t", "architecture": "x86_64", "budgets": budgets})
+    return decide(document, target=target, gates_missed=list(gates), accuracy_drop=drop)
+
+
+def test_everything_met_ships_and_says_why() -> None:
+    verdict = judge(profile(), size_bytes=5_000_000, latency_ms_p90=6.0, max_accuracy_drop=0.02)
+    assert verdict.verdict == "ship"
+    assert verdict.missed == []
+    text = " ".join(verdict.reasons)
+    for expected in ("2.00 times", "1.90 to 2.10", "4.00 MB", "5.00 MB", "5 ms", "6 ms", "0.40 points", "2.00 points"):
+        assert expected in text
+
+
+def test_slower_int8_is_said_first_and_holds() -> None:
+    verdict = judge(profile(ratio=(0.8, 0.78, 0.82)), gates=("Parity was missed.",), size_bytes=1_000_000)
+    assert verdict.verdict == "hold"
+    assert verdict.reasons[0].startswith("Int8 is slower than fp32")
+    assert verdict.missed[1] == "Parity was missed."
+    assert len(verdict.missed) == 3
+
+
+def test_slower_int8_that_the_target_allows_is_still_said_first() -> None:
+    verdict = judge(profile(ratio=(0.9, 0.88, 0.92)), min_int8_speedup=0.5)
+    assert verdict.verdict == "ship"
+    assert verdict.reasons[0].startswith("Int8 is slower than fp32")
+
+
+@pytest.mark.parametrize("budget", [1.0, None])
+def test_ratio_that_straddles_one_is_inconclusive(budget: float | None) -> None:
+    verdict = judge(profile(ratio=(1.01, 0.97, 1.05)), min_int8_speedup=budget)
+    assert verdict.verdict == "inconclusive"
+    assert "0.97 to 1.05" in verdict.reasons[0]
+
+
+def test_faster_but_not_by_enough_holds() -> None:
+    verdict = judge(profile(ratio=(1.3, 1.25, 1.35)), min_int8_speedup=1.5)
+    assert verdict.verdict == "hold"
+    assert "not by enough" in verdict.reasons[0]
+
+
+@pytest.mark.parametrize(
+    ("interval", "expected"),
+    [((5.0, 4.8, 5.2), "ship"), ((6.0, 5.8, 6.2), "inconclusive"), ((7.0, 6.8, 7.2), "hold")],
+)
+def test_latency_against_its_budget(interval: tuple[float, float, float], expected: str) -> None:
+    assert judge(profile(p90=interval), latency_ms_p90=6.0).verdict == expected
+
+
+@pytest.mark.parametrize(
+    ("budgets", "expected"),
+    [
+        ({"size_bytes": 3_999_999}, "hold"),
+        ({"size_bytes": 4_000_000}, "ship"),
+        ({"peak_rss_bytes": 80_000_000}, "hold"),
+        ({"peak_rss_bytes": 90_500_000}, "inconclusive"),
+        ({"load_ms": 20}, "hold"),
+        ({"load_ms": 40}, "ship"),
+        ({"first_inference_ms": 5}, "hold"),
+        ({"max_accuracy_drop": 0.003}, "hold"),
+        ({"max_accuracy_drop": 0.02}, "ship"),
+    ],
+)
+def test_other_budgets(budgets: dict[str, float], expected: str) -> None:
+    assert judge(profile(), **budgets).verdict == expected
+
+
+def test_missed_gate_holds_whatever_the_budgets() -> None:
+    verdict = judge(profile(), gates=("Int8 agrees with fp32 on 90.0 % of images; the gate is 95.0 %.",))
+    assert verdict.verdict == "hold"
+    assert verdict.missed == ["Int8 agrees with fp32 on 90.0 % of images; the gate is 95.0 %."]
+
+
+def test_unknown_accuracy_is_in_doubt_only_where_it_matters() -> None:
+    assert judge(profile(), drop=None, max_accuracy_drop=0.02).verdict == "inconclusive"
+    assert judge(profile(), drop=None).verdict == "ship"
+
+
+def unmeasured() -> dict[str, Any]:
+    document = profile()
+    document |= {"measured": False, "not_measured_because": ["target rpi4 is aarch64, this machine is x86_64"]}
+    document["int8_speedup"] = {"ratio": None, "ci95": None}
+    for model in document["models"].values():
+        for key in model:
+            if key != "size_bytes":
+                model[key] = None
+    return document
+
+
+def test_target_out_of_reach_is_inconclusive_and_no_miss() -> None:
+    verdict = judge(unmeasured(), size_bytes=5_000_000, latency_ms_p90=6.0)
+    assert verdict.verdict == "inconclusive"
+    assert verdict.missed == []
+    assert "target rpi4 is aarch64" in verdict.reasons[0]
+
+
+def test_target_out_of_reach_still_holds_what_can_be_known() -> None:
+    assert judge(unmeasured(), size_bytes=3_000_000).verdict == "hold"
+
+
+def test_without_int8_the_float_model_is_judged() -> None:
+    document = profile()
+    del document["models"]["int8"]
+    document["int8_speedup"] = {"ratio": None, "ci95": None}
+    verdict = judge(document, size_bytes=5_000_000)
+    assert verdict.verdict == "hold"
+    assert "fp32 file has 16.0 MB" in verdict.reasons[0]
