@@ -1,4 +1,4 @@
-"""Turn a trained PyTorch image classifier into the smallest, fastest artifact that an edge device can run, with proof."""
+"""Turn a trained PyTorch image classifier into a small, fast artifact for an edge device, with proof."""
 
 from __future__ import annotations
 

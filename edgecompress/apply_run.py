@@ -257,7 +257,7 @@ def _quantize(
     float_layers = f", {len(model.float_layers)} in float" if model.float_layers else ""
     summary = (
         f"{len(model.quantized_layers)} layers in int8{float_layers}; {scheme.activations} activations, "
-        f"{scheme.weight_bits}-bit weights per channel; {stage.effort} effort; calibrated on {samples} images"
+        f"{scheme.weight_bits}-bit weights per channel; {model.correction}; calibrated on {samples} images"
     )
     if samples < stage.calibration.samples:
         summary += f" (all of train; {stage.calibration.samples} were asked for)"

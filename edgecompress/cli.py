@@ -58,6 +58,7 @@ def root(
     context: typer.Context,
     version: Annotated[bool, typer.Option("--version", help="Print the version and end.")] = False,
 ) -> None:
+    """Handle --version; everything else is a command."""
     if version:
         from edgecompress import __version__
 

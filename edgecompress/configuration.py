@@ -64,9 +64,7 @@ class _StrictLoader(yaml.SafeLoader):
         if self.node_count > MAX_YAML_NODES:
             raise yaml.YAMLError(f"the file holds over {MAX_YAML_NODES} nodes")
         if self.check_event(yaml.events.AliasEvent):
-            raise yaml.YAMLError(
-                f"line {self.peek_event().start_mark.line + 1}: YAML aliases are not supported; write the value out"
-            )
+            raise yaml.YAMLError(f"line {self.line + 1}: YAML aliases are not supported; write the value out")
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
@@ -110,7 +108,7 @@ def read_yaml_mapping(path: Path) -> dict[str, Any]:
     if not isinstance(document, dict):
         kind = "nothing" if document is None else type(document).__name__
         raise ConfigurationError(f"{path}: expected a mapping of settings at the top level, found {kind}")
-    return document
+    return typing.cast(dict[str, Any], document)
 
 
 def nearest(name: str, candidates: Iterable[str]) -> str | None:
@@ -193,7 +191,8 @@ def validate(model: type[Settings], document: Mapping[str, Any], *, source: str)
     Raises ConfigurationError with one line per fault: `source: place: what is wrong; how to fix`.
     """
     try:
-        return model.model_validate(document)
+        settings: Settings = model.model_validate(document)
+        return settings
     except ValidationError as error:
         lines = [f"{source}: {_describe(fault, model, document)}" for fault in error.errors()]
         raise ConfigurationError("\n".join(dict.fromkeys(lines))) from error
@@ -204,7 +203,7 @@ def _describe(fault: Any, model: type[BaseModel], document: Mapping[str, Any]) -
     place = ".".join(location) or "(top level)"
     kind, message = fault["type"], fault["msg"]
     if kind == "extra_forbidden":
-        *parent, key = location
+        key = location[-1]
         return f"{place}: unknown key{did_you_mean(key, _field_names(model, fault['loc'][:-1]))}"
     if kind == "missing":
         return f"{place}: required, but not given"

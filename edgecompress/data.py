@@ -148,7 +148,7 @@ def _draw_splits(settings: DataSettings, source: Source) -> tuple[dict[str, Imag
             notes.append(f"train: max_train_samples is {wanted}, and all {len(train)} images are used")
     for name, split in splits.items():
         present = len(np.unique(split.labels))
-        if present < len(source.class_names):
+        if present < len(source.class_names) and not source.has_class_index:
             notes.append(f"{name}: holds {present} of {len(source.class_names)} classes")
     return {name: splits[name] for name in SPLIT_NAMES if name in splits}, notes
 

@@ -74,6 +74,8 @@ class TeacherView(nn.Module):
         mean, std = torch.tensor(teacher_preprocessing.mean), torch.tensor(teacher_preprocessing.std)
         self.register_buffer("scale", (student_std / std).view(1, -1, 1, 1))
         self.register_buffer("shift", ((student_mean - mean) / std).view(1, -1, 1, 1))
+        self.scale: Tensor
+        self.shift: Tensor
         self.same_values = (student.mean, student.std) == (teacher_preprocessing.mean, teacher_preprocessing.std)
 
     def forward(self, images: Tensor) -> Tensor:

@@ -143,7 +143,7 @@ def _int8_model(
     indices: NDArray[np.int64],
 ) -> tuple[QuantizedModel, Logits]:
     """The quantize stage's model where scheme and settings are the same; else quantized again for this target."""
-    recorded = next((entry for entry in manifest["stages"] if entry["id"] == stage.id), {})
+    recorded: Json = next((entry for entry in manifest["stages"] if entry["id"] == stage.id), {})
     same_settings = stage == recipe_of(manifest).quantize_stage
     if recorded.get("status") == "complete" and recorded.get("scheme") == scheme.to_dict() and same_settings:
         base, description = rebuild(run.stage(stage.id))
@@ -177,7 +177,7 @@ def _save_samples(
 def parity_gates(parity: Json, target: Target) -> list[Gate]:
     """The gates that parity.json decides."""
     constant = parity["constant_predictions"]
-    checks = [
+    checks: list[Json] = [
         {
             "gate": "predictions_vary",
             "value": not constant,

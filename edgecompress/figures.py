@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from edgecompress import summary
-from edgecompress.summary import Json, entries, number, section
+from edgecompress.summary import Json, number, section
 
 
 def _axis(low: float, high: float) -> dict[str, Any]:
@@ -64,7 +64,7 @@ def accuracy_figure(stages: Sequence[Json]) -> dict[str, Any] | None:
     return {"unit": "%", "axis": axis, "rows": rows, "mark": marks[0] if marks else None}
 
 
-def latency_figure(profile: Json) -> dict[str, Any] | None:
+def latency_figure(profile: Json, budgets: Sequence[Json]) -> dict[str, Any] | None:
     """Latency in ms of fp32 and int8: bars to the median, dots at the 90th percentile; the mark is its budget.
 
     None when no latency was measured.
@@ -81,7 +81,6 @@ def latency_figure(profile: Json) -> dict[str, Any] | None:
     if not rows:
         return None
     highest = max(value for row in rows for value in (row["bar"], row["dot"], row["high"]) if value is not None)
-    budgets = {str(budget.get("budget")): number(budget.get("limit")) for budget in entries(profile, "budgets")}
-    budget = budgets.get("latency_ms_p90")
+    budget = next((number(row["limit"]) for row in budgets if row["name"] == "latency_ms_p90"), None)
     mark = budget if budget is not None and budget <= 3 * highest else None  # a far budget would squash the bars
     return {"unit": "ms", "axis": _axis(0.0, 1.02 * max(highest, mark or 0.0)), "rows": rows, "mark": mark}

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import psutil
 import torch
 from PIL import Image
 
@@ -154,7 +155,7 @@ class ImageSplit:
             return PreparedSplit(self, preprocessing, labels, images)
         wanted = len(self) * preprocessing.channels * preprocessing.input_size**2
         available = available_memory_bytes()
-        if available is not None and wanted > available / 2:
+        if wanted > available / 2:
             console.note(
                 f"{self.name}: decoded images take {wanted / 1e9:.1f} GB, more than half of the {available / 1e9:.1f} "
                 "GB of memory available; they are decoded again in every pass"
@@ -222,12 +223,9 @@ class PreparedSplit:
             decoded.close()
 
 
-def available_memory_bytes(root: Path = Path("/")) -> int | None:
-    """Memory that can still be used, in bytes, with a container's limit respected; None where it is not known."""
-    candidates: list[int] = []
-    meminfo = _read_table(root / "proc/meminfo")
-    if "MemAvailable:" in meminfo:
-        candidates.append(meminfo["MemAvailable:"] * 1024)
+def available_memory_bytes(root: Path = Path("/")) -> int:
+    """Memory that can still be used, in bytes, with a container's limit respected."""
+    candidates = [int(psutil.virtual_memory().available)]
     for folder, limit_name, used_name, reclaimable in (
         ("sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
         ("sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
@@ -237,7 +235,7 @@ def available_memory_bytes(root: Path = Path("/")) -> int | None:
             # Cached file pages count as used, but the kernel gives them back.
             cached = _read_table(root / folder / "memory.stat").get(reclaimable, 0)
             candidates.append(max(0, limit - max(0, used - cached)))
-    return min(candidates, default=None)
+    return min(candidates)
 
 
 def _read_table(path: Path) -> dict[str, int]:

@@ -22,7 +22,7 @@ from edgecompress.errors import ModelError
 from edgecompress.nets import SMALL_NETS
 from edgecompress.preprocessing import Preprocessing
 from edgecompress.recipe import ModelSettings
-from edgecompress.user_code import accepts_argument, call_function, is_user_code, load_function
+from edgecompress.user_code import call_function, is_user_code
 from edgecompress.weights import head_classes, load_checkpoint, one_line
 from edgecompress.zoo import TIMM, TORCHVISION, check_name, timm_defaults, torchvision_defaults, torchvision_weights
 
@@ -269,8 +269,7 @@ def _new_head(name: str, theirs: int, ours: int) -> str:
 
 
 def _build_user_module(name: str, arguments: dict[str, Any], classes: int) -> nn.Module:
-    offered = {"num_classes": classes} if accepts_argument(load_function(name), "num_classes") else {}
-    module = call_function(name, {**offered, **arguments})
+    module = call_function(name, arguments, offered={"num_classes": classes})
     if not isinstance(module, nn.Module):
         raise ModelError(f"{name}: returned {type(module).__name__}; expected a torch.nn.Module")
     return module

@@ -112,7 +112,8 @@ class Preprocessing:
         if wrong:
             raise ModelError(f"preprocessing: {'; '.join(wrong)}; expected {', '.join(sorted(names))}")
         lists = {name: _as_tuple(document[name]) for name in ("mean", "std")}
-        return cls(**{**document, **lists})
+        crop = document["crop_fraction"]
+        return cls(**{**document, **lists, "crop_fraction": float(crop) if _is_int(crop) else crop})
 
     def _resized(self, width: int, height: int) -> tuple[int, int]:
         """Size whose shorter side is round(input_size / crop_fraction); the longer one rounds down."""

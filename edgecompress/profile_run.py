@@ -69,7 +69,7 @@ def _accuracy_drop(manifest: Json, has_int8: bool) -> float | None:
     """Accuracy of the first model minus that of the model that ships; None where either is unknown."""
     recipe = recipe_of(manifest)
     stage_id = recipe.quantize_stage.id if has_int8 else last_float_id(recipe)
-    entry = next((e for e in manifest["stages"] if e["id"] == stage_id), {})
+    entry: Json = next((e for e in manifest["stages"] if e["id"] == stage_id), {})
     baseline = manifest.get("baseline", {})
     if not recipe.has_trained_weights or "accuracy" not in entry or "accuracy" not in baseline:
         return None

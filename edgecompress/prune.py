@@ -134,7 +134,7 @@ def _importance(name: str, module: nn.Module) -> Any:
 def _accumulate_gradients(module: nn.Module, batches: Sequence[tuple[Tensor, Tensor]]) -> None:
     module.zero_grad(set_to_none=True)
     for images, labels in batches:
-        functional.cross_entropy(module(images), labels).backward()
+        functional.cross_entropy(module(images), labels).backward()  # type: ignore[no-untyped-call]
 
 
 def reestimate_batch_norm(module: nn.Module, batches: Iterable[Tensor]) -> None:
@@ -197,7 +197,8 @@ class WeightMasks:
         # By rank and not by threshold, so that equal magnitudes cannot remove more than was asked for.
         keep = torch.ones(magnitudes.numel(), dtype=torch.bool)
         keep[torch.argsort(magnitudes, stable=True)[:count]] = False
-        for name, part in zip(names, keep.split([self._weights[name].numel() for name in names]), strict=True):
+        parts = torch.split(keep, [self._weights[name].numel() for name in names])
+        for name, part in zip(names, parts, strict=True):
             self._masks[name] = part.view_as(self._weights[name])
 
     def apply(self) -> None:
@@ -216,7 +217,9 @@ class WeightMasks:
 
 def _weight(layer: nn.Module) -> nn.Parameter:
     assert isinstance(layer, WEIGHT_LAYERS)
-    return layer.weight
+    weight = layer.weight
+    assert isinstance(weight, nn.Parameter)
+    return weight
 
 
 def copy_of(module: nn.Module) -> nn.Module:

@@ -11,7 +11,7 @@ kernel stays in float.
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -84,7 +84,7 @@ class Scheme:
     @property
     def weight_limit(self) -> int:
         """Largest weight magnitude as an integer: 127, or 63 where 16-bit sums would saturate."""
-        return 2 ** (self.weight_bits - 1) - 1
+        return (1 << (self.weight_bits - 1)) - 1
 
     def to_dict(self) -> dict[str, Any]:
         return {"activations": self.activations, "weights": "int8", "weight_bits": self.weight_bits}
@@ -169,7 +169,8 @@ class OnnxRuntimeQuantizer(Quantizer):  # type: ignore[misc]  # torchao ships no
             self.placement.float_layers.append(name)
             return
         source, weight = node.args[0], node.args[1]
-        assert isinstance(source, Node) and isinstance(weight, Node)
+        assert isinstance(source, Node)
+        assert isinstance(weight, Node)
         inputs: dict[Node, Any] = {source: self._activation, weight: self._weight}
         bias = node.args[2] if len(node.args) > 2 else None
         if isinstance(bias, Node):
@@ -178,10 +179,9 @@ class OnnxRuntimeQuantizer(Quantizer):  # type: ignore[misc]  # torchao ships no
         self.placement.quantized.append(Layer(name, node.name))
 
     def _annotate_elementwise(self, node: Node) -> None:
-        sources = node.args[:2]
-        if not all(isinstance(source, Node) and self._is_integer(source) for source in sources):
-            return
-        self._mark(node, dict.fromkeys(sources, self._activation), self._output_of(node))  # type: ignore[misc]
+        sources = _nodes(node.args[:2])
+        if len(sources) == 2 and all(self._is_integer(source) for source in sources):
+            self._mark(node, dict.fromkeys(sources, self._activation), self._output_of(node))
 
     def _annotate_unary(self, node: Node) -> None:
         source = node.args[0]
@@ -193,8 +193,8 @@ class OnnxRuntimeQuantizer(Quantizer):  # type: ignore[misc]  # torchao ships no
 
     def _annotate_mover(self, node: Node) -> None:
         first = node.args[0]
-        sources = list(first) if isinstance(first, (list, tuple)) else [first]
-        if not sources or not all(isinstance(source, Node) and self._is_integer(source) for source in sources):
+        sources = _nodes(first if isinstance(first, (list, tuple)) else [first])
+        if not sources or not all(self._is_integer(source) for source in sources):
             return
         if node.target in (aten.pad.default, aten.constant_pad_nd.default) and not _pads_with_zero(node):
             return
@@ -271,6 +271,11 @@ def module_name(node: Node) -> str:
     return path.removeprefix("L['self'].").removeprefix("L['self']") or str(node.name)
 
 
+def _nodes(arguments: Iterable[Any]) -> list[Node]:
+    """The arguments that are nodes; a number among them (x + 1) is none."""
+    return [argument for argument in arguments if isinstance(argument, Node)]
+
+
 def _has_constant_weight(node: Node) -> bool:
     weight = node.args[1] if len(node.args) > 1 else None
     return isinstance(weight, Node) and weight.op == "get_attr" and isinstance(node.args[0], Node)
@@ -279,7 +284,7 @@ def _has_constant_weight(node: Node) -> bool:
 def _clamps_from_zero(node: Node) -> bool:
     """ReLU always; hardtanh only as a clamp that starts at zero (ReLU6), where the quantized range starts."""
     if node.target in (aten.hardtanh.default, aten.hardtanh_.default):
-        return len(node.args) > 1 and node.args[1] == 0
+        return len(node.args) > 1 and bool(node.args[1] == 0)
     return True
 
 
@@ -290,12 +295,12 @@ def _is_global_mean(node: Node) -> bool:
     dims = node.args[1] if len(node.args) > 1 else None
     if value is None or value.dim() != 4 or not isinstance(dims, (list, tuple)):
         return False
-    return sorted(int(dim) % 4 for dim in dims) == [2, 3]  # type: ignore[arg-type,call-overload]
+    return sorted(int(dim) % 4 for dim in dims) == [2, 3]
 
 
 def _pads_with_zero(node: Node) -> bool:
     if node.target is aten.constant_pad_nd.default:
-        return len(node.args) < 3 or node.args[2] == 0
+        return len(node.args) < 3 or bool(node.args[2] == 0)
     mode = node.args[2] if len(node.args) > 2 else "constant"
     value = node.args[3] if len(node.args) > 3 else None
-    return mode == "constant" and (value is None or value == 0)
+    return bool(mode == "constant" and (value is None or value == 0))

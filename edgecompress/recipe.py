@@ -37,7 +37,7 @@ class PreprocessingSettings(FrozenSettings):
     mean: Channels | None = None
     std: Channels | None = None
     interpolation: Interpolation | None = None
-    crop_fraction: Fraction | Literal[1, 1.0] | None = Field(
+    crop_fraction: Annotated[float, Field(gt=0, le=1)] | None = Field(
         default=None, description="share of the resized image that the centre crop keeps; 1 means no crop"
     )
 

@@ -57,8 +57,9 @@ def _markdown_code(value: object) -> Markup:
     return Markup(f"{fence}\n{text}\n{fence}")
 
 
-def _typographic(text: str) -> str:
+def _typographic(value: object) -> str:
     """Typeset text of ours: true minus signs, units that stay with their number, a dash for what is missing."""
+    text = str(value)
     if text == summary.MISSING:
         return "\N{EN DASH}"
     text = re.sub(r"(?<![\w.])-(?=\d)", "\N{MINUS SIGN}", text)

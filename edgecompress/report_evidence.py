@@ -44,6 +44,12 @@ def sayings(texts: object) -> list[str]:
     return [summary.printable(text, limit=_SAYING_CHARACTERS) for text in texts] if isinstance(texts, list) else []
 
 
+def loud_notes(manifest: Json) -> list[str]:
+    """The run's notes that come before anything else: all but those that only describe the data."""
+    quiet = sayings(section(manifest, "data").get("notes"))
+    return [note for note in sayings(manifest.get("notes")) if note not in quiet]
+
+
 def class_rows(parity: Json) -> list[dict[str, Any]]:
     """Every class with both accuracies, worst change first."""
     rows: list[dict[str, Any]] = []
@@ -70,10 +76,15 @@ def trust_facts(manifest: Json, parity: Json, target: str) -> dict[str, Any]:
         "parity": {key: parity.get(key) for key in ("target", "samples", "split", "constant_predictions")},
         "accuracy": {name: section(parity, "onnx_int8").get(f"accuracy_{name}") for name in ("fp32", "int8")},
         "comparisons": _comparisons(parity, {str(gate.get("gate")): gate.get("passed") for gate in gates}),
-        "scheme": fact_rows(section(parity, "onnx_int8", "scheme")),
+        "scheme": fact_rows(
+            {
+                **section(parity, "onnx_int8", "scheme"),
+                "layers_kept_in_float": section(parity, "onnx_int8").get("float_layers"),
+            }
+        ),
         "gates": [
             {
-                "label": summary.label_text(name),
+                "label": summary.gate_label(gate),
                 "name": name,
                 **{key: gate.get(key) for key in ("value", "limit", "passed")},
             }
@@ -163,6 +174,7 @@ def _island(island: Json) -> dict[str, Any]:
 def making_facts(run: RunDirectory, manifest: Json, recipe: Json, target: str) -> dict[str, Any]:
     """How was it made, and how do I make it again? Commands, recipe, data, versions, decisions, hashes."""
     data = section(manifest, "data")
+    remarks = [note for facts in (data, section(manifest, "model")) for note in sayings(facts.get("notes"))]
     again, typed = command_text(*run_words(manifest, target)), manifest.get("command")
     return {
         "commands": [
@@ -175,7 +187,7 @@ def making_facts(run: RunDirectory, manifest: Json, recipe: Json, target: str) -
         "versions": fact_rows(section(manifest, "versions"), names=True),
         "machine": fact_rows(section(manifest, "machine")),
         "data": fact_rows({key: value for key, value in data.items() if key != "notes"}),
-        "data_notes": [note for facts in (data, section(manifest, "model")) for note in sayings(facts.get("notes"))],
+        "data_notes": [note for note in remarks if note not in loud_notes(manifest)],
         "preprocessing": fact_rows(section(manifest, "model", "preprocessing")),
         "decisions": [
             {
@@ -196,7 +208,7 @@ def _plain(value: object, name: str) -> str:
     return summary.quantity_text(value, name)
 
 
-def fact_rows(facts: Json, *, names: bool = False, under: str = "") -> list[dict[str, str]]:
+def fact_rows(facts: Json, *, names: bool = False, under: str = "", parent: str = "") -> list[dict[str, str]]:
     """Any mapping as rows of `label` and `text`; nested keys are joined, what is None is left out.
 
     `names` keeps the keys as they are, for instance those of packages.
@@ -205,8 +217,9 @@ def fact_rows(facts: Json, *, names: bool = False, under: str = "") -> list[dict
     for key, value in facts.items():
         label = str(key) if names or under else summary.label_text(str(key))
         label = f"{under}, {label.replace('_', ' ')}" if under else label
+        name = f"{parent}_{key}" if parent else str(key)
         if isinstance(value, Mapping):
-            rows += fact_rows(value, under=label)
+            rows += fact_rows(value, under=label, parent=name)
         elif isinstance(value, list) and any(isinstance(item, Mapping) for item in value):
             rows += [
                 row
@@ -215,5 +228,5 @@ def fact_rows(facts: Json, *, names: bool = False, under: str = "") -> list[dict
                 for row in fact_rows(item, under=f"{label} {i}")
             ]
         elif value is not None and value != []:
-            rows.append({"label": label, "text": str(value) if names else summary.quantity_text(value, str(key))})
+            rows.append({"label": label, "text": str(value) if names else summary.quantity_text(value, name)})
     return rows

@@ -7,7 +7,7 @@ Markdown and JSON cannot differ in what they say.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from edgecompress import figures, summary
 from edgecompress.report_evidence import (
     class_rows,
     command_text,
+    loud_notes,
     making_facts,
     run_words,
     sayings,
@@ -57,7 +58,7 @@ def report_document(run: RunDirectory, target: str) -> dict[str, Any]:
             "stages": [_stage(row) for row in stages],
             "models": summary.model_rows(profile or {}),
             "accuracy_figure": figures.accuracy_figure(stages),
-            "latency_figure": figures.latency_figure(profile or {}),
+            "latency_figure": figures.latency_figure(profile or {}, budget_rows(profile or {}, stages)),
         },
         "trust": trust_facts(manifest, parity or {}, target),
         "time": time_facts(profile or {}, parity or {}),
@@ -109,15 +110,14 @@ def _decision(
 ) -> dict[str, Any]:
     facts = profile or {}
     gates = [gate for gate in entries(manifest, "gates") if gate.get("target") in (None, target)]
-    budgets = [_budget(budget, facts) for budget in entries(facts, "budgets")]
+    budgets = budget_rows(facts, summary.stage_rows(manifest))
     failed_stages = [stage for stage in entries(manifest, "stages") if stage.get("status") == "failed"]
     broken = [f"Stage {stage.get('id')} failed: {stage.get('error') or 'no reason given'}" for stage in failed_stages]
     if manifest.get("status") == "failed" and not failed_stages:
         broken.append("The run failed before it was done.")
     missed = summary.missed_gates(gates, target) + _parity_misses(parity or {})
-    missed += [f"Budget missed: {budget['label']}." for budget in budgets if budget["met"] is False]
-    if facts.get("verdict") == "hold" and facts.get("reasons"):
-        missed = []  # the profile's own reasons name what was missed already
+    if facts.get("verdict") != "hold":  # otherwise the profile's own reasons name the budgets
+        missed += [f"Budget missed: {budget['label']}." for budget in budgets if budget["met"] is False]
     verdict, reasons = summary.judge(profile, missed=broken + missed)
     headlines = {
         "ship": _all_met(gates, budgets, target),
@@ -132,7 +132,7 @@ def _decision(
             verdict
         ],
         "headline": headlines[verdict],
-        "notes": sayings(manifest.get("notes")) + _loud_facts(parity or {}, facts),
+        "notes": loud_notes(manifest) + _loud_facts(parity or {}, facts),
         "reasons": list(dict.fromkeys(sayings(reasons))),
         "resume": command_text(*resume) if failed_stages or manifest.get("status") == "failed" else None,
         "budgets": budgets,
@@ -153,8 +153,8 @@ def _all_met(gates: Sequence[Json], budgets: Sequence[Json], target: str) -> str
 
 
 def _parity_misses(parity: Json) -> list[str]:
-    misses = [f"Parity: {failure}" for failure in parity.get("failures") or []]
-    if parity.get("constant_predictions"):
+    misses = sayings(parity.get("failures"))
+    if parity.get("constant_predictions") and not misses:
         misses.append("Parity: the model predicts one class for every image, so agreement means nothing.")
     for key, name in (("onnx_fp32", "fp32"), ("onnx_int8", "int8")):
         if section(parity, key).get("passed") is False and not misses:
@@ -177,26 +177,54 @@ def _loud_facts(parity: Json, profile: Json) -> list[str]:
     return facts
 
 
-def _budget(budget: Json, profile: Json) -> dict[str, Any]:
-    name, value = str(budget.get("budget", "budget")), budget.get("value")
-    status = str(budget.get("status") or "unknown").replace("_", " ")
-    interval = budget.get("ci95")
-    if interval is None and name == "min_int8_speedup":
-        interval = section(profile, "int8_speedup").get("ci95")
-    for model in section(profile, "models").values():
-        latency = section(model, "latency_ms") if isinstance(model, Mapping) else {}
-        if interval is None and name == "latency_ms_p90" and value is not None and latency.get("p90") == value:
-            interval = latency.get("p90_ci95")
-    label, limit = summary.label_text(name), budget.get("limit")
-    return {
-        "name": name,
-        "label": label,
-        "limit": limit,
-        "value": value,
-        "ci95": interval,
-        "status": status,
-        "met": _STATUS_MEANS.get(status),
+def budget_rows(profile: Json, stages: Sequence[Json]) -> list[dict[str, Any]]:
+    """Each budget of the target with what was found, its interval, and whether it is `met` (None: open).
+
+    The profile's own list is used where it has one; else the target's budgets are set against what was measured.
+    """
+    given = entries(profile, "budgets")
+    wanted = {str(row.get("budget", "budget")): row.get("limit") for row in given} or {
+        name: limit for name, limit in section(profile, "target_facts", "budgets").items() if limit is not None
     }
+    statuses = {str(row.get("budget", "budget")): row for row in given}
+    rows = []
+    for name, limit in wanted.items():
+        value, interval = _found(name, profile, stages)
+        own = statuses.get(name, {})
+        value, interval = own.get("value", value), own.get("ci95", interval)
+        status = str(own.get("status") or _budget_status(name, limit, value, interval)).replace("_", " ")
+        row = {"name": name, "label": summary.label_text(name), "limit": limit, "value": value, "ci95": interval}
+        rows.append({**row, "status": status, "met": _STATUS_MEANS.get(status)})
+    return rows
+
+
+def _found(name: str, profile: Json, stages: Sequence[Json]) -> tuple[Any, Any]:
+    """What was found for a budget, and its interval or range; the model judged is int8 where there is one."""
+    model = section(profile, "models", "int8") or section(profile, "models", "fp32")
+    if name == "min_int8_speedup":
+        speedup = section(profile, "int8_speedup")
+        return speedup.get("ratio"), speedup.get("ci95")
+    if name == "max_accuracy_drop":
+        ends = _ends(stages)
+        points = number(ends[1]["accuracy_delta_points"]) if ends else None
+        return None if points is None else -points / 100, None
+    if name == "latency_ms_p90":
+        latency = section(model, "latency_ms")
+        return latency.get("p90"), latency.get("p90_ci95")
+    return model.get(name), model.get(f"{name}_range")
+
+
+def _budget_status(name: str, limit: Any, value: Any, interval: Any) -> str:
+    """`missed` only when the whole interval lies beyond the limit, `open` when it straddles it."""
+    bound, found = number(limit), number(value)
+    if bound is None or found is None:
+        return "not measured"
+    ends = [number(end) for end in interval] if isinstance(interval, (list, tuple)) and len(interval) == 2 else []
+    known = [end for end in ends if end is not None] or [found]
+    low, high = min(known), max(known)
+    if name.startswith("min_"):
+        low, high, bound = -high, -low, -bound
+    return "missed" if low > bound else "open" if high > bound else "met"
 
 
 # 2. What did I gain and pay?

@@ -42,6 +42,11 @@ _LABELS = {
     "os": "OS",
     "memory_bytes": "Memory",
     "num_classes": "Classes",
+    "frequency_mhz": "Frequency",
+    "reference_ms": "Reference loop",
+    "macs": "MACs",
+    "predictions_vary": "Predictions vary from image to image",
+    "trained_weights": "The weights were trained",
 }
 # One row of the models table each: label, key, and the words for less and for more of it.
 _MODEL_ROWS = (
@@ -97,7 +102,7 @@ def number_text(value: object) -> str:
         return "0"
     if abs(found) < _MICRO:
         return f"{found:.1e}"
-    exponent = math.floor(math.log10(abs(float(f"{found:.3g}"))))  # rounded first: 9.996 is 10.0
+    exponent = int(f"{found:.2e}".partition("e")[2])  # of the rounded number: 9.996 is 10.0
     return f"{found:,.{max(0, 2 - exponent)}f}"
 
 
@@ -147,16 +152,15 @@ def points_text(value: object) -> str:
 
 
 def seconds_text(value: object) -> str:
-    """A duration: 0.42 s, 12 s, 3 min 20 s, 2 h 5 min."""
+    """A duration, short enough for a column: 0.42 s, 6.2 s, 74 s, 3.3 min, 2.1 h."""
     found = number(value)
     if found is None:
         return MISSING
-    if found < 10:
-        return f"{number_text(found)} s"
-    if found < 60:
-        return f"{found:.0f} s"
-    minutes, seconds = divmod(round(found), 60)
-    return f"{minutes} min {seconds} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+    if found < 1:
+        return f"{found:.2f} s"
+    if found < 120:
+        return f"{found:.1f} s" if found < 9.95 else f"{found:.0f} s"
+    return f"{found / 60:.1f} min" if found < 7200 else f"{found / 3600:.1f} h"
 
 
 def quantity_text(value: object, name: str) -> str:
@@ -193,6 +197,12 @@ def quantity_text(value: object, name: str) -> str:
 def label_text(name: str) -> str:
     """A key as a person would say it."""
     return _LABELS.get(name) or printable(name[:1].upper() + name[1:].replace("_", " "))
+
+
+def gate_label(gate: Json) -> str:
+    """What a gate is about, with the stage it judged where it names one."""
+    subject = f", {printable(gate['subject'])}" if gate.get("subject") else ""
+    return label_text(str(gate.get("gate", "gate"))) + subject
 
 
 def limit_text(value: object, name: str) -> str:
@@ -311,10 +321,13 @@ def missed_gates(gates: Iterable[Json], target: str | None = None) -> list[str]:
     for gate in gates:
         if gate.get("passed") is not False or gate.get("target") not in (None, target):
             continue
+        if gate.get("sentence"):
+            sentences.append(printable(gate["sentence"]))
+            continue
         name = str(gate.get("gate", "gate"))
         measured = f": {quantity_text(gate.get('value'), name)}" if gate.get("value") is not None else ""
         allowed = f", allowed: {limit_text(gate.get('limit'), name)}" if gate.get("limit") is not None else ""
-        sentences.append(f"Gate missed: {label_text(name)}{measured}{allowed}.")
+        sentences.append(f"Gate missed: {gate_label(gate)}{measured}{allowed}.")
     return sentences
 
 
@@ -339,6 +352,7 @@ def _table(title: str, columns: Sequence[tuple[str, bool]], *, caption: str | No
         title_justify="left",
         caption_justify="left",
         pad_edge=False,
+        padding=(0, 1, 0, 0),
     )
     for header, numeric in columns:
         table.add_column(header, justify="right" if numeric else "left", no_wrap=numeric, overflow="fold")
@@ -347,37 +361,36 @@ def _table(title: str, columns: Sequence[tuple[str, bool]], *, caption: str | No
 
 def stages_table(manifest: Json) -> Table:
     """Every stage from the baseline to the last: accuracy with the change in points, and what the model costs."""
-    headers = ("accuracy", "points", "params", "MACs", "sparsity", "size", "time")
+    headers = ("accuracy", "points", "params", "MACs", "zeros", "size", "time")
     rows = stage_rows(manifest)
     splits = sorted({str(row["accuracy_split"]) for row in rows if row.get("accuracy_split")})
-    caption = f"accuracy on {' and '.join(splits)}; points against the baseline" if splits else None
+    caption = f"accuracy on {' and '.join(splits)}; points against the baseline (base)" if splits else None
     table = _table(
         "Stages", [("stage", False), ("kind", False), *((header, True) for header in headers)], caption=caption
     )
     for row in rows:
-        failed = row.get("status") not in ("complete", None)
-        name = printable(row.get("id", MISSING), limit=18) + (f" ({printable(row['status'])})" if failed else "")
+        unfinished = row.get("status") not in ("complete", None)
+        name = printable(row.get("id", MISSING), limit=16) + (f" ({printable(row['status'])})" if unfinished else "")
         cells = [
             name,
             printable(row.get("kind", MISSING), limit=10),
             percent_text(row.get("accuracy")),
-            "baseline" if row["is_baseline"] else points_text(row["accuracy_delta_points"]),
+            "base" if row["is_baseline"] else points_text(row["accuracy_delta_points"]),
             count_text(row.get("params")),
             count_text(row.get("macs")),
             percent_text(row.get("sparsity")),
             bytes_text(row.get("size_bytes")),
             seconds_text(row.get("seconds")),
         ]
-        table.add_row(*(Text(cell) for cell in cells), style="red" if failed else None)
+        table.add_row(*(Text(cell) for cell in cells), style="red" if row.get("status") == "failed" else None)
     return table
 
 
 def models_table(profile: Json) -> Table:
     """fp32 and int8 side by side as measured on the target, and how int8 differs."""
     target = printable(profile.get("target", "this target"), limit=40)
-    sentence = speed_sentence(profile)
     columns = [("", False), ("fp32", True), ("int8", True), ("int8 is", True)]
-    table = _table(f"Measured on {target}", columns, caption=sentence)
+    table = _table(f"Measured on {target}", columns)
     for row in model_rows(profile):
         table.add_row(*(Text(row[key]) for key in ("label", "fp32", "int8", "change")))
     return table

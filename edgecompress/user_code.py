@@ -49,18 +49,25 @@ def load_function(reference: str, *, fault: type[InputError] = ModelError) -> Ca
 
 
 def call_function(
-    reference: str, arguments: Mapping[str, Any] | None = None, *, fault: type[InputError] = ModelError
+    reference: str,
+    arguments: Mapping[str, Any] | None = None,
+    *,
+    offered: Mapping[str, Any] | None = None,
+    fault: type[InputError] = ModelError,
 ) -> Any:
-    """What the function of `reference` returns. Raises `fault` with the line when it raises."""
+    """What the function of `reference` returns for `arguments` and those of `offered` that it has parameters for.
+
+    Raises `fault`, with the line, when it raises.
+    """
     function = load_function(reference, fault=fault)
+    accepted = {name: value for name, value in (offered or {}).items() if _accepts(function, name)}
     try:
-        return function(**(arguments or {}))
+        return function(**{**accepted, **(arguments or {})})
     except (Exception, SystemExit) as error:
         raise fault(f"{reference}: {_describe(error, Path(reference.rpartition(':')[0]))}; mend it there") from error
 
 
-def accepts_argument(function: Callable[..., Any], name: str) -> bool:
-    """Whether a function has a parameter of that name that can be given by keyword."""
+def _accepts(function: Callable[..., Any], name: str) -> bool:
     try:
         parameter = inspect.signature(function).parameters.get(name)
     except (TypeError, ValueError):

@@ -20,16 +20,15 @@ from edgecompress.configuration import nearest
 from edgecompress.errors import ModelError
 from edgecompress.nets import SMALL_NETS
 from edgecompress.recipe import PreprocessingSettings
-from edgecompress.user_code import is_user_code, load_function
+from edgecompress.user_code import is_user_code
 
 TIMM, TORCHVISION = "timm/", "torchvision/"
 _resolve_data_config: Callable[..., dict[str, Any]] = timm.data.config.resolve_data_config
 
 
 def check_name(name: str) -> None:
-    """Raise ModelError, with the nearest known name, unless the name is one this package can build."""
+    """Raise ModelError, with the nearest known name, unless the name is known or points to user code."""
     if is_user_code(name):
-        load_function(name)
         return
     if name.startswith(TIMM):
         short, known, listing = name.removeprefix(TIMM), timm.list_models(), "timm.list_models()"

@@ -223,6 +223,15 @@ def test_a_model_of_the_users_own(tmp_path: Path) -> None:
     again.load_state_dict(created.module.state_dict())
 
 
+def test_the_class_count_is_offered_and_an_argument_wins(tmp_path: Path) -> None:
+    name = user_model(tmp_path, "def net(num_classes=3, **more):\n    return nn.LazyLinear(num_classes)\n")
+    assert build(Architecture(name, {}, 7, Preprocessing(8, 1, (0.5,), (0.5,)))).out_features == 7
+    given = Architecture(name, {"num_classes": 5}, 7, Preprocessing(8, 1, (0.5,), (0.5,)))
+    assert build(given).out_features == 5
+    fixed = user_model(tmp_path, "def net(**more):\n    return nn.LazyLinear(len(more) + 1)\n")
+    assert build(Architecture(fixed, {}, 7, Preprocessing(8, 1, (0.5,), (0.5,)))).out_features == 1
+
+
 def test_looking_at_a_users_model_does_not_move_the_seed(tmp_path: Path) -> None:
     body = "return nn.Sequential(nn.Flatten(), nn.Linear(64, num_classes))"
     name = user_model(tmp_path, f"def net(num_classes):\n    {body}\n")
@@ -377,6 +386,9 @@ def test_a_narrower_layer_is_not_taken_for_a_head(tmp_path: Path) -> None:
 
     with pytest.raises(ModelError, match="does not fit the model"):
         load_checkpoint(net(4), saved(tmp_path / "a.pt", net(5).state_dict()), allow_new_head=True)
+    other = saved(tmp_path / "b.pt", nn.Linear(4, 5).state_dict())
+    with pytest.raises(ModelError, match="does not fit the model"):
+        load_checkpoint(nn.Linear(3, 2), other, allow_new_head=True)
 
 
 def test_another_class_count_trains_a_new_head_unless_the_count_is_set(tmp_path: Path) -> None:

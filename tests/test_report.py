@@ -345,6 +345,37 @@ def test_a_run_that_meets_everything_ships(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("limit", "low", "high", "status"),
+    [(0.09, 0.0837, 0.0885, "met"), (0.085, 0.0837, 0.0885, "open"), (0.08, 0.0837, 0.0885, "missed")],
+)
+def test_budgets_of_the_target_are_judged_by_the_whole_interval(
+    tmp_path: Path, limit: float, low: float, high: float, status: str
+) -> None:
+    profile = copy.deepcopy(PROFILE)
+    del profile["budgets"]
+    profile["models"]["int8"]["latency_ms"]["p90_ci95"] = [low, high]
+    budgets = {"latency_ms_p90": limit, "max_accuracy_drop": 0.01, "load_ms": None, "min_int8_speedup": 1.0}
+    profile["target_facts"] = {"budgets": budgets}
+    rows = report_document(make_run(tmp_path / "run", profile=profile), "x86")["decision"]["budgets"]
+    assert {row["name"]: row["status"] for row in rows} == {
+        "latency_ms_p90": status,
+        "max_accuracy_drop": "met",
+        "min_int8_speedup": "met",
+    }
+    assert rows[1]["value"] == pytest.approx(0.0028)
+
+
+def test_a_gate_that_was_said_already_is_not_said_twice(tmp_path: Path) -> None:
+    sentence = "int8 ONNX agrees with fp32 ONNX on 90.00% of predictions (at least 0.95)."
+    gate = {"gate": "int8_min_top1_agreement", "passed": False, "sentence": sentence, "target": "x86"}
+    profile = PROFILE | {"verdict": "hold", "reasons": [sentence]}
+    run = make_run(
+        tmp_path / "run", manifest={"gates": [gate]}, parity=PARITY | {"failures": [sentence]}, profile=profile
+    )
+    assert report_document(run, "x86")["decision"]["reasons"] == [sentence]
+
+
+@pytest.mark.parametrize(
     ("file", "change", "reason"),
     [
         (
@@ -458,6 +489,13 @@ def test_slower_int8_and_lost_classes_are_said_first(tmp_path: Path) -> None:
     assert "one image lost" not in decision["notes"][2]
     page, _ = _render(run)
     assert page.text.index("random") < page.text.index("95 % interval") < page.text.index("What did I gain")
+
+
+def test_notes_on_the_data_stay_with_the_data(tmp_path: Path) -> None:
+    notes = [*MANIFEST["data"]["notes"], "The weights are random."]
+    document = report_document(make_run(tmp_path / "run", manifest={"notes": notes}), "x86")
+    assert document["decision"]["notes"] == ["The weights are random."]
+    assert document["making"]["data_notes"] == MANIFEST["data"]["notes"]
 
 
 def test_worst_classes_come_first_and_the_rest_is_counted(tmp_path: Path) -> None:

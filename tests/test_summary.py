@@ -122,7 +122,7 @@ def test_points(value: float | None, expected: str) -> None:
 
 @pytest.mark.parametrize(
     ("value", "expected"),
-    [(0.42, "0.420 s"), (12.2, "12 s"), (200, "3 min 20 s"), (59.99, "60 s"), (7512, "2 h 5 min")],
+    [(0.42, "0.42 s"), (6.2, "6.2 s"), (9.97, "10 s"), (74.2, "74 s"), (200, "3.3 min"), (7512, "2.1 h")],
 )
 def test_seconds(value: float, expected: str) -> None:
     assert summary.seconds_text(value) == expected
@@ -194,11 +194,22 @@ def test_stages_table_fits_and_shows_what_failed() -> None:
     lines = _printed(summary.stages_table(MANIFEST))
     text = "\n".join(lines)
     assert max(map(len, lines)) <= 100
-    for fact in ("97.8 %", "baseline", "-0.6", "25.6 M", "4.09 G", "102 MB", "2 h 5 min", "50.0 %", "int8 (failed)"):
+    for fact in ("97.8 %", " base ", "-0.6", "25.6 M", "4.09 G", "102 MB", "2.1 h", "50.0 %", "int8 (failed)"):
         assert fact in text, fact
     row = next(line for line in lines if "dense" in line)
     other = next(line for line in lines if "pruned" in line)
     assert row.index("25.6 M") + len("25.6 M") == other.index("81.4 k") + len("81.4 k")  # right-aligned
+
+
+def test_stages_table_of_a_usual_run_keeps_its_names_in_80_columns() -> None:
+    stages = [
+        dict(stage, id=name, seconds=74.0)
+        for stage, name in zip(MANIFEST["stages"], ("dense", "pruned", "int8"), strict=True)
+    ]
+    stages[2] |= stages[1] | {"id": "int8", "kind": "quantize"}
+    lines = _printed(summary.stages_table({**MANIFEST, "stages": stages}), width=80)
+    assert [line.split()[:2] for line in lines[4:7]] == [["dense", "train"], ["pruned", "prune"], ["int8", "quantize"]]
+    assert max(map(len, lines)) <= 80
 
 
 def test_models_table_fits_and_names_the_change() -> None:
