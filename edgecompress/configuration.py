@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import reprlib
 import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
@@ -25,6 +26,9 @@ Settings = TypeVar("Settings", bound="FrozenSettings")
 # A recipe is a page of text. The limits stop a file that expands without end (YAML aliases) early.
 MAX_YAML_BYTES = 1_000_000
 MAX_YAML_NODES = 20_000
+
+# PyYAML's constructors let many unrelated errors out: `!!bool x` a KeyError, `!!timestamp x` an AttributeError.
+_YAML_ERRORS = (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
 
 
 class FrozenSettings(BaseModel):
@@ -64,10 +68,13 @@ class _StrictLoader(yaml.SafeLoader):
         if self.node_count > MAX_YAML_NODES:
             raise yaml.YAMLError(f"the file holds over {MAX_YAML_NODES} nodes")
         if self.check_event(yaml.events.AliasEvent):
-            raise yaml.YAMLError(f"line {self.line + 1}: YAML aliases are not supported; write the value out")
+            line = self.peek_event().start_mark.line + 1
+            raise yaml.YAMLError(f"line {line}: YAML aliases are not supported; write the value out")
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        if not isinstance(node, yaml.MappingNode):
+            raise yaml.YAMLError(f"line {node.start_mark.line + 1}: expected a mapping")
         seen: set[Any] = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=True)
@@ -93,21 +100,33 @@ def parse_yaml(text: str, *, source: str) -> Any:
         raise ConfigurationError(f"{source}: larger than {MAX_YAML_BYTES} bytes; this is not a recipe or a target")
     try:
         return yaml.load(text, Loader=_StrictLoader)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        detail = " ".join(str(error).split()) or type(error).__name__
-        raise ConfigurationError(f"{source}: not valid YAML: {detail}") from error
+    except _YAML_ERRORS as error:
+        raise ConfigurationError(f"{source}: not valid YAML: {_yaml_detail(error)}") from error
+
+
+def _yaml_detail(error: Exception) -> str:
+    if isinstance(error, RecursionError):
+        return "nested too deeply"
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
+        mark = error.problem_mark
+        context = f" ({error.context})" if error.context else ""
+        return f"line {mark.line + 1}, column {mark.column + 1}: {error.problem}{context}"
+    return f"{' '.join(str(error).split())}" or type(error).__name__
 
 
 def read_yaml_mapping(path: Path) -> dict[str, Any]:
     """Read a YAML file whose top level is a mapping. Raises ConfigurationError."""
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigurationError(f"{path}: cannot be read: {error}") from error
+        with path.open("rb") as stream:
+            text = stream.read(MAX_YAML_BYTES + 1).decode("utf-8")
+    except OSError as error:
+        raise ConfigurationError(f"{path}: cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigurationError(f"{path}: is not text (UTF-8); expected a YAML file") from error
     document = parse_yaml(text, source=str(path))
     if not isinstance(document, dict):
-        kind = "nothing" if document is None else type(document).__name__
-        raise ConfigurationError(f"{path}: expected a mapping of settings at the top level, found {kind}")
+        kind = "nothing" if document is None else f"a {type(document).__name__}"
+        raise ConfigurationError(f"{path}: expected a mapping of settings (name: value) at the top level, found {kind}")
     return typing.cast(dict[str, Any], document)
 
 
@@ -132,18 +151,23 @@ def apply_overrides(document: dict[str, Any], overrides: Sequence[str]) -> dict[
     Lists are entered by index or by the `id` of an element; values parse as YAML. Raises
     ConfigurationError, listing every override that has no place to go.
     """
-    result = _deep_copy(document)
+    result: dict[str, Any] = _deep_copy(document)
     faults: list[str] = []
     for override in overrides:
         path, separator, raw = override.partition("=")
         if not separator or not path.strip():
             faults.append(f"--set {override}: expected path=value, for instance seed=1")
             continue
+        keys = path.strip().split(".")
+        if not all(keys):
+            faults.append(f"--set {path}: a name between the dots is empty; write for instance stages.pruned.epochs=5")
+            continue
         try:
-            value = parse_yaml(raw, source=f"--set {path}")
-            _assign(result, path.strip().split("."), value)
-        except (ConfigurationError, KeyError) as error:
-            faults.append(str(error) if isinstance(error, ConfigurationError) else f"--set {path}: {error.args[0]}")
+            _assign(result, keys, parse_yaml(raw, source=f"--set {path}"))
+        except ConfigurationError as error:
+            faults.append(str(error))
+        except KeyError as error:
+            faults.append(f"--set {path}: {error.args[0]}")
     if faults:
         raise ConfigurationError("\n".join(faults))
     return result
@@ -161,7 +185,7 @@ def _list_index(items: list[Any], key: str) -> int:
     ids = [item.get("id") for item in items if isinstance(item, Mapping)]
     if key in ids:
         return next(i for i, item in enumerate(items) if isinstance(item, Mapping) and item.get("id") == key)
-    if key.lstrip("-").isdigit() and -len(items) <= int(key) < len(items):
+    if re.fullmatch(r"-?[0-9]{1,9}", key) and -len(items) <= int(key) < len(items):
         return int(key)
     raise KeyError(f"the list has no element '{key}'{did_you_mean(key, [str(i) for i in ids if i])}")
 
@@ -176,7 +200,7 @@ def _assign(container: Any, keys: list[str], value: Any) -> None:
             container[index] = value
         return
     if not isinstance(container, dict):
-        raise KeyError(f"'{key}' is inside a plain value ({container!r}), which has no keys")
+        raise KeyError(f"'{key}' is inside a plain value ({reprlib.repr(container)}), which has no keys; leave it out")
     if not rest:
         container[key] = value
         return
@@ -194,8 +218,17 @@ def validate(model: type[Settings], document: Mapping[str, Any], *, source: str)
         settings: Settings = model.model_validate(document)
         return settings
     except ValidationError as error:
-        lines = [f"{source}: {_describe(fault, model, document)}" for fault in error.errors()]
-        raise ConfigurationError("\n".join(dict.fromkeys(lines))) from error
+        faults = [fault for fault in error.errors() if not _follows(fault, error)]
+        # A check over several fields may name several faults, one a line.
+        described = [line for fault in faults for line in _describe(fault, model, document).splitlines()]
+        raise ConfigurationError("\n".join(f"{source}: {line}" for line in dict.fromkeys(described))) from error
+
+
+def _follows(fault: Any, error: ValidationError) -> bool:
+    """Whether a list is said to be too short only because elements of it are faulty, which is said as well."""
+    place = fault["loc"]
+    inside = (other["loc"] for other in error.errors() if len(other["loc"]) > len(place))
+    return fault["type"] == "too_short" and any(other[: len(place)] == place for other in inside)
 
 
 def _describe(fault: Any, model: type[BaseModel], document: Mapping[str, Any]) -> str:
@@ -215,10 +248,14 @@ def _describe(fault: Any, model: type[BaseModel], document: Mapping[str, Any]) -
         return f"{place}.kind: required, but not given (train, distill, prune or quantize)"
     if kind == "literal_error":
         expected = str(fault["ctx"]["expected"]).replace("'", "").replace(" or ", ", ")
-        return f"{place}: {fault['input']!r} is not allowed{did_you_mean(str(fault['input']), expected.split(', '))}"
+        given = reprlib.repr(fault["input"])
+        return f"{place}: {given} is not allowed{did_you_mean(str(fault['input']), expected.split(', '))}"
     message = message.removeprefix("Value error, ")
-    given = "" if isinstance(fault["input"], (dict, list)) or kind == "value_error" else f" (given: {fault['input']!r})"
-    return f"{place}: {message}{given}"
+    if kind == "value_error" and not location:
+        return str(message)  # a check over the whole document, which names the places itself
+    if kind == "value_error" or isinstance(fault["input"], (dict, list)):
+        return f"{place}: {message}"
+    return f"{place}: {message} (given: {reprlib.repr(fault['input'])})"
 
 
 def _named_location(location: Sequence[int | str], document: Any) -> list[str]:

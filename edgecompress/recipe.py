@@ -26,6 +26,7 @@ from edgecompress.errors import ConfigurationError
 from edgecompress.shipped import shipped_files, shipped_path
 
 Identifier = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$")]
+Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 Channels = Annotated[tuple[float, ...], Field(min_length=1, max_length=16)]
 Interpolation = Literal["nearest", "bilinear", "bicubic"]
 
@@ -68,7 +69,7 @@ class DataSettings(FrozenSettings):
     class_index: Path | None = None
     val_fraction: Fraction = 0.15
     test_fraction: Fraction = Field(default=0.2, description="only for sources without a test split of their own")
-    split_seed: int = 0
+    split_seed: Seed = 0
     max_train_samples: PositiveInt | None = Field(default=None, description="a seeded, class-balanced subset")
 
 
@@ -116,7 +117,9 @@ class TrainingSettings(FrozenSettings):
     @model_validator(mode="after")
     def _warmup_fits(self) -> TrainingSettings:
         if self.warmup_epochs >= self.epochs:
-            raise ValueError(f"warmup_epochs ({self.warmup_epochs:g}) must be below epochs ({self.epochs})")
+            raise ValueError(
+                f"warmup_epochs ({self.warmup_epochs:g}) must be below epochs ({self.epochs}); set warmup_epochs: 0"
+            )
         return self
 
 
@@ -222,7 +225,7 @@ class Recipe(FrozenSettings):
 
     name: Identifier
     description: str = ""
-    seed: int = 0
+    seed: Seed = 0
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     data: DataSettings
     model: ModelSettings
@@ -232,16 +235,21 @@ class Recipe(FrozenSettings):
     @model_validator(mode="after")
     def _stages_fit_together(self) -> Recipe:
         seen: list[str] = []
+        faults: list[str] = []
         for index, stage in enumerate(self.stages):
             if stage.id in seen:
-                raise ValueError(f"stages.{stage.id}: two stages have this id")
+                faults.append(f"stages.{stage.id}: two stages have this id; give each its own")
+            if stage.id in RESERVED_IDS and not isinstance(stage, QuantizeStage):
+                faults.append(f"stages.{stage.id}: the id '{stage.id}' is kept for {RESERVED_IDS[stage.id]}; choose another")
             teacher = getattr(stage, "teacher", None)
             if teacher is not None and teacher.stage is not None and teacher.stage not in seen:
                 hint = did_you_mean(teacher.stage, seen) if seen else "; there is no earlier stage"
-                raise ValueError(f"stages.{stage.id}.teacher.stage: '{teacher.stage}' is no earlier stage{hint}")
+                faults.append(f"stages.{stage.id}.teacher.stage: '{teacher.stage}' is no earlier stage{hint}")
             if isinstance(stage, QuantizeStage) and index != len(self.stages) - 1:
-                raise ValueError(f"stages.{stage.id}: quantize must be the last stage; move it to the end")
+                faults.append(f"stages.{stage.id}: quantize must be the last stage; move it to the end")
             seen.append(stage.id)
+        if faults:
+            raise ValueError("\n".join(faults))
         return self
 
     @property
@@ -276,8 +284,9 @@ def find_recipe(source: str) -> Path:
 def find_settings(source: str, *, kind: Literal["recipe", "target"]) -> Path:
     """The file of a recipe or target given by path or by shipped name. Raises ConfigurationError."""
     path = Path(source)
-    if path.is_file():
-        return path
+    with contextlib.suppress(OSError):  # a name too long for a file, or in a folder that may not be read
+        if path.is_file():
+            return path
     shipped = shipped_path(f"{kind}s", source)
     if shipped is not None:
         return shipped

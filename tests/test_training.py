@@ -1,0 +1,108 @@
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from edgecompress.data import PreparedSplit
+from edgecompress.distill import LossFunction, label_loss
+from edgecompress.errors import TrainingError
+from edgecompress.models import build
+from edgecompress.recipe import AugmentSettings, TrainingSettings
+from edgecompress.training import EpochRecord, FitResult, augment, fit, resolve_precision
+from small_models import digits_data, small_architecture
+
+
+@pytest.fixture(scope="module")
+def splits() -> dict[str, PreparedSplit]:
+    preprocessing = small_architecture().preprocessing
+    return {name: split.prepare(preprocessing, cache=True) for name, split in digits_data().splits.items()}
+
+
+def _fit(
+    splits: dict[str, PreparedSplit], seed: int = 0, loss: LossFunction | None = None, **settings: Any
+) -> tuple[nn.Module, FitResult, list[EpochRecord]]:
+    torch.manual_seed(seed)
+    module = build(small_architecture())
+    records: list[EpochRecord] = []
+    chosen = TrainingSettings.model_validate({"epochs": 2, "learning_rate": 0.1, "batch_size": 64} | settings)
+    result = fit(
+        module,
+        settings=chosen,
+        epochs=chosen.epochs,
+        loss=loss or label_loss(),
+        train=splits["train"],
+        val=splits["val"],
+        preprocessing=small_architecture().preprocessing,
+        precision="fp32",
+        seed=seed,
+        description="test",
+        on_epoch=records.append,
+    )
+    return module, result, records
+
+
+def test_it_learns_and_reports_each_epoch(splits: dict[str, PreparedSplit]) -> None:
+    module, result, records = _fit(splits, epochs=3)
+    assert [record.epoch for record in records] == [1, 2, 3]
+    assert records[-1].loss < 0.5 * records[0].loss
+    assert result.val_accuracy > 0.8
+    assert not module.training
+    assert records[-1].learning_rate < records[0].learning_rate
+
+
+def test_the_same_seed_gives_the_same_weights_and_another_seed_does_not(splits: dict[str, PreparedSplit]) -> None:
+    augmented = {"augment": {"shift_pixels": 1, "horizontal_flip": True}}
+    states = [_fit(splits, seed=seed, **augmented)[0].state_dict() for seed in (0, 0, 1)]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    assert any(not torch.equal(states[0][name], states[2][name]) for name in states[0])
+
+
+def test_best_val_keeps_the_best_epoch(splits: dict[str, PreparedSplit]) -> None:
+    _, result, records = _fit(splits, epochs=3, keep="best_val", warmup_epochs=0)
+    assert records[result.kept_epoch - 1].val_accuracy == max(record.val_accuracy for record in records)
+
+
+def test_adamw_learns_too(splits: dict[str, PreparedSplit]) -> None:
+    _, result, _ = _fit(splits, optimizer="adamw", learning_rate=0.005, epochs=3, gradient_clip_norm=1.0)
+    assert result.val_accuracy > 0.7
+
+
+def test_a_loss_that_is_not_finite_stops_with_advice(splits: dict[str, PreparedSplit]) -> None:
+    def broken(images: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
+        return logits.sum() * float("nan")
+
+    with pytest.raises(TrainingError, match="not finite in epoch 1; lower learning_rate"):
+        _fit(splits, loss=broken)
+
+
+def test_precision_names() -> None:
+    assert resolve_precision("fp32") == "no"
+    assert resolve_precision("bf16") == "bf16"
+    assert resolve_precision("auto") in ("no", "bf16", "fp16")
+
+
+def test_augmentation_off_changes_nothing() -> None:
+    batch = torch.randint(0, 256, (4, 3, 8, 8), dtype=torch.uint8)
+    assert torch.equal(augment(batch, AugmentSettings(), torch.Generator()), batch)
+
+
+def test_shift_moves_each_image_by_whole_pixels() -> None:
+    batch = torch.zeros(64, 1, 9, 9, dtype=torch.uint8)
+    batch[:, :, 4, 4] = 255
+    shifted = augment(batch, AugmentSettings(shift_pixels=2), torch.Generator().manual_seed(0))
+    places = np.argwhere(shifted.numpy()[:, 0] == 255)
+    assert len(places) == 64
+    assert set(np.abs(places[:, 1:] - 4).ravel()) == {0, 1, 2}
+    assert len({tuple(place) for place in places[:, 1:]}) > 10
+
+
+def test_flip_turns_about_half_of_the_images() -> None:
+    batch = torch.arange(8, dtype=torch.uint8).expand(200, 1, 8, 8).contiguous()
+    flipped = augment(batch, AugmentSettings(horizontal_flip=True), torch.Generator().manual_seed(0))
+    turned = int((flipped[:, 0, 0, 0] == 7).sum())
+    assert 70 < turned < 130
+    assert torch.equal(flipped.sort(dim=-1).values, batch)
