@@ -14,9 +14,35 @@ from torch import Tensor
 from torchao.quantization.pt2e.observer import HistogramObserver, MinMaxObserver
 
 _BINS = 2048
+_COUNTED_AT_ONCE = 1 << 24  # histc counts in float32, which stops counting above
 
 
-class PercentileObserver(MinMaxObserver):  # type: ignore[misc]  # torchao ships no types
+class _NotesNonFinite:
+    """Remembers that NaN or infinity was seen, and skips such a batch.
+
+    torchao's histogram raises for NaN, far from where the layer's name is known, and leaves infinity out in silence.
+    """
+
+    saw_non_finite = False
+
+    def forward(self, values: Tensor) -> Tensor:
+        """Observe one batch and hand it on unchanged."""
+        if not bool(torch.isfinite(values).all()):
+            self.saw_non_finite = True
+            return values
+        observed: Tensor = super().forward(values)  # type: ignore[misc]  # the observer that comes next
+        return observed
+
+
+class RangeObserver(_NotesNonFinite, MinMaxObserver):  # type: ignore[misc]  # torchao ships no types
+    """The smallest and the largest value seen."""
+
+
+class ErrorObserver(_NotesNonFinite, HistogramObserver):  # type: ignore[misc]  # torchao ships no types
+    """The range with the least squared error over a histogram of the values seen."""
+
+
+class PercentileObserver(_NotesNonFinite, MinMaxObserver):  # type: ignore[misc]  # torchao ships no types
     """Clips the range at a percentile of all values seen, the same share left out in total at both ends.
 
     The histogram holds counts over a symmetric range that doubles when a larger value arrives, so merging
@@ -32,6 +58,8 @@ class PercentileObserver(MinMaxObserver):  # type: ignore[misc]  # torchao ships
     def forward(self, values: Tensor) -> Tensor:
         """Count the values of one batch and hand the batch on unchanged."""
         super().forward(values)
+        if self.saw_non_finite:
+            return values
         flat = values.detach().to(torch.float32).flatten()
         largest = float(flat.abs().max()) if flat.numel() else 0.0
         if largest == 0.0:
@@ -45,7 +73,8 @@ class PercentileObserver(MinMaxObserver):  # type: ignore[misc]  # torchao ships
         while float(self.limit) < largest:
             self._double()
         limit = float(self.limit)
-        self.counts += torch.histc(flat, _BINS, min=-limit, max=limit).to(torch.float64)
+        for part in torch.split(flat, _COUNTED_AT_ONCE):
+            self.counts += torch.histc(part, _BINS, min=-limit, max=limit).to(torch.float64)
         return values
 
     def _double(self) -> None:
@@ -77,4 +106,4 @@ def activation_observer(method: str, percentile: float) -> Any:
     """The observer constructor of a calibration method, as PT2E wants it."""
     if method == "percentile":
         return PercentileObserver.with_args(percentile=percentile)
-    return {"minmax": MinMaxObserver, "histogram": HistogramObserver}[method]
+    return {"minmax": RangeObserver, "histogram": ErrorObserver}[method]

@@ -7,24 +7,43 @@ the result alone: tables for people, or one JSON document with `--json`.
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import shlex
 import sys
 import webbrowser
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
+from typer.core import TyperGroup
 
 from edgecompress import console
-from edgecompress.errors import EXIT_GATE_MISSED, EXIT_OK, EdgeCompressError
+from edgecompress.errors import EXIT_GATE_MISSED, EXIT_OK, ConfigurationError, EdgeCompressError
 
 if TYPE_CHECKING:
     from edgecompress.pipeline import Outcome
 
+
+class _Commands(TyperGroup):
+    """The commands, with the contract of --json kept for misspelled options too: one document on stdout."""
+
+    def main(self, args: Sequence[str] | None = None, *positional: Any, **extra: Any) -> Any:
+        given = sys.argv[1:] if args is None else list(args)
+        if "--json" not in given or not extra.get("standalone_mode", True):
+            return super().main(args, *positional, **extra)
+        try:
+            exit_code = super().main(args, *positional, **extra | {"standalone_mode": False})
+        except typer.TyperException as error:
+            _print_json({"error": error.format_message(), "exit_code": error.exit_code})
+            exit_code = error.exit_code
+        sys.exit(exit_code or EXIT_OK)
+
+
 app = typer.Typer(
     name="edgecompress",
+    cls=_Commands,
     help="Distil, prune and quantize an image classifier; export it; measure it on the device; say if it may ship.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -80,6 +99,7 @@ def apply(
     """Apply a recipe's stages in PyTorch: train, distill, prune, quantize."""
 
     def work() -> Outcome:
+        _check_recipe_and_targets(recipe, overrides or (), [target] if target is not None else [])
         from edgecompress import pipeline
 
         return pipeline.apply(
@@ -102,6 +122,7 @@ def export(
     """Write ONNX files and check parity: PyTorch, ONNX and int8 ONNX on real images."""
 
     def work() -> Outcome:
+        _check_run_and_target(run, target)
         from edgecompress import pipeline
 
         return pipeline.export(run, target=target, int8=int8, overrides=overrides or ())
@@ -121,6 +142,7 @@ def profile(
     """Measure a run's exported files on ONNX Runtime and judge them against a target's budgets."""
 
     def work() -> Outcome:
+        _check_run_and_target(run, target)
         from edgecompress import pipeline
 
         return pipeline.profile(run, target=target, seconds=seconds)
@@ -140,6 +162,7 @@ def report(
     """Write the deployment report: one HTML page and one Markdown file per target."""
 
     def work() -> Outcome:
+        _check_run_and_target(run, target)
         from edgecompress import pipeline
 
         outcome = pipeline.report(run, target=target)
@@ -169,6 +192,7 @@ def run_command(
     """Apply, export with int8, profile and report, in one go."""
 
     def work() -> Outcome:
+        _check_recipe_and_targets(recipe, overrides or (), targets)
         from edgecompress import pipeline
 
         return pipeline.run(
@@ -232,6 +256,33 @@ _add_settings_commands(recipes_app, "recipes")
 _add_settings_commands(targets_app, "targets")
 
 
+def _check_recipe_and_targets(recipe: str, overrides: Sequence[str], targets: Sequence[str]) -> None:
+    """Name the faults of all files at once, and before torch, which takes seconds to load."""
+    from edgecompress.recipe import load_recipe
+    from edgecompress.target import load_target
+
+    checks: list[Callable[[], object]] = [lambda: load_recipe(recipe, overrides)]
+    checks += [functools.partial(load_target, target) for target in targets]
+    faults: list[str] = []
+    for check in checks:
+        try:
+            check()
+        except ConfigurationError as error:
+            faults.append(str(error))
+    if faults:
+        raise ConfigurationError("\n".join(faults))
+
+
+def _check_run_and_target(run: Path | None, target: str | None) -> None:
+    """Refuse a run or a target that is not there before torch is loaded."""
+    from edgecompress.run_directory import open_run
+    from edgecompress.target import load_target
+
+    open_run(run)
+    if target is not None:
+        load_target(target)
+
+
 def main() -> None:
     """Entry point of the console script."""
     app()
@@ -256,7 +307,7 @@ def _finish(
 
 
 @contextlib.contextmanager
-def _reporting_errors(as_json: bool) -> Any:
+def _reporting_errors(as_json: bool) -> Iterator[None]:
     try:
         yield
     except EdgeCompressError as error:
@@ -290,7 +341,7 @@ def _print_outcome(outcome: Outcome) -> None:
 
     from edgecompress.summary import models_table, stages_table, verdict_text
 
-    stdout = Console(highlight=False)
+    stdout = Console(highlight=False, emoji=False)
     for text in outcome.manifest.get("notes", []):
         console.note(f"note: {text}")
     stdout.print(stages_table(outcome.manifest))

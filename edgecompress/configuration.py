@@ -68,7 +68,7 @@ class _StrictLoader(yaml.SafeLoader):
         if self.node_count > MAX_YAML_NODES:
             raise yaml.YAMLError(f"the file holds over {MAX_YAML_NODES} nodes")
         if self.check_event(yaml.events.AliasEvent):
-            line = self.peek_event().start_mark.line + 1
+            line = self.peek_event().start_mark.line + 1  # type: ignore[no-untyped-call]
             raise yaml.YAMLError(f"line {line}: YAML aliases are not supported; write the value out")
         return super().compose_node(parent, index)
 
@@ -220,7 +220,7 @@ def validate(model: type[Settings], document: Mapping[str, Any], *, source: str)
     except ValidationError as error:
         faults = [fault for fault in error.errors() if not _follows(fault, error)]
         # A check over several fields may name several faults, one a line.
-        described = [line for fault in faults for line in _describe(fault, model, document).splitlines()]
+        described = [line for fault in faults for line in _describe(fault, model, document).split("\n")]
         raise ConfigurationError("\n".join(f"{source}: {line}" for line in dict.fromkeys(described))) from error
 
 
@@ -266,7 +266,8 @@ def _named_location(location: Sequence[int | str], document: Any) -> list[str]:
         if isinstance(part, int):
             here = here[part] if isinstance(here, list) and part < len(here) else None
             identifier = here.get("id") if isinstance(here, Mapping) else None
-            named.append(str(identifier) if identifier else str(part))
+            usable = isinstance(identifier, str) and identifier != "" and identifier.isprintable()
+            named.append(str(identifier) if usable else str(part))
         elif isinstance(here, Mapping) and part not in here and here.get("kind") == part:
             continue  # the tag of a discriminated union, which is no key of the file
         else:

@@ -12,8 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from rich.console import Console
-from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text
 
 _SHOW_AFTER_SECONDS = 1.0
 
@@ -21,6 +20,7 @@ _SHOW_AFTER_SECONDS = 1.0
 @dataclass
 class _Settings:
     quiet: bool = False
+    live: Console | None = None  # the console of a bar that is on screen
 
 
 _settings = _Settings()
@@ -32,24 +32,29 @@ def set_quiet(quiet: bool) -> None:
 
 
 def stderr() -> Console:
-    """The console of progress and prose."""
-    return Console(stderr=True, highlight=False)
+    """The console of progress and prose: a bar's own while it is on screen, so that notes stand above it."""
+    return _settings.live or Console(stderr=True, highlight=False)
 
 
 def note(text: str) -> None:
     """One line of prose for the person who runs the command."""
     if not _settings.quiet:
-        stderr().print(escape(text), soft_wrap=True)
+        _print(text)
 
 
 def warn(text: str) -> None:
     """Something that must be seen, also with --quiet."""
-    stderr().print(f"[bold yellow]warning:[/] {escape(text)}", soft_wrap=True)
+    _print(text, mark="warning: ", style="bold yellow")
 
 
 def error(text: str) -> None:
     """Why the command could not do its work."""
-    stderr().print(f"[bold red]error:[/] {escape(text)}", soft_wrap=True)
+    _print(text, mark="error: ", style="bold red")
+
+
+def _print(text: str, *, mark: str = "", style: str = "") -> None:
+    # As Text and not as markup: messages hold paths and keys, and `nets.py:fire:` is no emoji.
+    stderr().print(Text.assemble((mark, style), text), soft_wrap=True)
 
 
 Advance = Callable[..., None]
@@ -74,19 +79,30 @@ def progress(description: str, total: int) -> Iterator[Advance]:
         if seconds >= _SHOW_AFTER_SECONDS:
             note(f"{description}: done in {seconds:.1f} s {last['status']}".rstrip())
         return
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeRemainingColumn(),
-        TextColumn("{task.fields[status]}"),
+        TextColumn("{task.fields[status]}", markup=False),
     )
-    with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task(escape(description), total=total, status="")
+    with Progress(*columns, console=console, transient=True) as bar, _shown_on(console):
+        task = bar.add_task(description, total=total, status="")
 
         def advance(count: int = 1, status: str = "") -> None:
             bar.update(task, advance=count)
             if status:
-                bar.update(task, status=escape(status))
+                bar.update(task, status=status)
 
         yield advance
+
+
+@contextmanager
+def _shown_on(console: Console) -> Iterator[None]:
+    before, _settings.live = _settings.live, console
+    try:
+        yield
+    finally:
+        _settings.live = before

@@ -52,29 +52,7 @@ def export_onnx(
     Input `input`, float32 [batch, C, H, W], normalized; output `logits`, float32 [batch, classes]. Raises
     ExportError when the exporter, the ONNX checker or ONNX Runtime refuses the model.
     """
-    for child in module.modules():
-        child.training = False  # a converted graph refuses eval(), and its mode is fixed in its nodes anyway
-    try:
-        with warnings.catch_warnings():
-            # The exporter warns about its own internals (copyreg, deprecated enums), not about the model.
-            warnings.simplefilter("ignore", category=FutureWarning)
-            warnings.simplefilter("ignore", category=DeprecationWarning)
-            program = torch.onnx.export(
-                module,
-                (example,),
-                dynamo=True,
-                dynamic_shapes=({0: torch.export.Dim("batch", min=1)},),
-                input_names=[INPUT_NAME],
-                output_names=[OUTPUT_NAME],
-                opset_version=target.opset,
-                verbose=False,
-            )
-    except Exception as error:  # the exporter raises many unrelated types for graphs it cannot translate
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise ExportError(f"the model cannot be exported to ONNX: {lines[0]}") from error
-    if program is None:
-        raise ExportError("torch.onnx.export returned nothing")
-    model = program.model_proto
+    model = _translate(module, example, target)
     rewrites = rewrite(model)
     _tidy(model, target)
     _write_metadata(model, preprocessing, provenance, extra_metadata)
@@ -82,6 +60,45 @@ def export_onnx(
         onnx.save(model, str(temporary))
         check_file(temporary)
     return rewrites
+
+
+def _translate(module: nn.Module, example: Tensor, target: Target) -> onnx.ModelProto:
+    modes = [(child, child.training) for child in module.modules()]
+    try:
+        for child, _ in modes:
+            child.training = False  # a converted graph refuses eval(), and its mode is fixed in its nodes anyway
+        with warnings.catch_warnings():
+            # The exporter warns about its own internals (copyreg, deprecated enums), not about the model.
+            warnings.simplefilter("ignore", category=FutureWarning)
+            warnings.simplefilter("ignore", category=DeprecationWarning)
+            # Captured here, since torch.onnx.export would fall back to ways that give up the free batch in silence.
+            captured = torch.export.export(
+                module, (example,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},), strict=False
+            )
+            program = torch.onnx.export(
+                captured,
+                dynamo=True,
+                input_names=[INPUT_NAME],
+                output_names=[OUTPUT_NAME],
+                opset_version=target.opset,
+                verbose=False,
+            )
+    except Exception as error:  # both raise many unrelated types for graphs that they cannot translate
+        cause: BaseException = error
+        while cause.__cause__ is not None:  # the exporter wraps the cause in advice on how to report it
+            cause = cause.__cause__
+        lines = str(cause).strip().splitlines() or [type(cause).__name__]
+        raise ExportError(
+            f"the model cannot be exported to ONNX: {lines[0]}; "
+            "its forward must not depend on tensor values, and must take one image batch of any size"
+        ) from error
+    finally:
+        for child, mode in modes:
+            child.training = mode
+    if program is None:
+        raise ExportError("torch.onnx.export returned nothing")
+    model: onnx.ModelProto = program.model_proto
+    return model
 
 
 def _tidy(model: onnx.ModelProto, target: Target) -> None:

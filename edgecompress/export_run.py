@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from edgecompress import console
 from edgecompress.apply_run import quantize_for
-from edgecompress.checkpoint import Checkpoint, example_input, rebuild
+from edgecompress.checkpoint import Checkpoint, example_input, load_checkpoint, rebuild
 from edgecompress.data import ImageData, open_data
 from edgecompress.evaluate import collect_logits
 from edgecompress.export import Provenance, export_onnx
@@ -49,6 +49,7 @@ from edgecompress.stages import PreparedSplits
 from edgecompress.target import Target
 
 _SAMPLE_IMAGES = 16
+BASELINE_FILE = "baseline.onnx"
 
 
 def export_folder(run: RunDirectory, target: Target) -> Path:
@@ -82,6 +83,7 @@ def export_run(run: RunDirectory, target: Target, *, int8: bool, overrides: tupl
         provenance=provenance,
         extra_metadata={"precision": "float32"},
     )
+    _export_baseline(run, manifest, recipe, folder, target, provenance)
     split = splits.get(data.report_split, preprocessing)
     indices = report_indices(data, recipe)
     labels = split.labels.numpy()[indices]
@@ -129,6 +131,28 @@ def export_run(run: RunDirectory, target: Target, *, int8: bool, overrides: tupl
 
     run.update_manifest(change)
     return parity
+
+
+def _export_baseline(
+    run: RunDirectory, manifest: Json, recipe: Recipe, folder: Path, target: Target, provenance: Provenance
+) -> None:
+    """Write the model that the recipe began with as baseline.onnx, so that the whole gain can be measured.
+
+    Nothing is written where that model is the one exported as fp32.
+    """
+    baseline = str(manifest["baseline"]["id"])
+    if baseline == last_float_id(recipe):
+        return
+    checkpoint = load_checkpoint(run.stage(baseline))
+    export_onnx(
+        checkpoint.module,
+        example_input(checkpoint.architecture),
+        folder / BASELINE_FILE,
+        target=target,
+        preprocessing=checkpoint.architecture.preprocessing,
+        provenance=provenance,
+        extra_metadata={"precision": "float32", "stage": baseline},
+    )
 
 
 def _int8_model(

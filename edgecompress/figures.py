@@ -65,12 +65,12 @@ def accuracy_figure(stages: Sequence[Json]) -> dict[str, Any] | None:
 
 
 def latency_figure(profile: Json, budgets: Sequence[Json]) -> dict[str, Any] | None:
-    """Latency in ms of fp32 and int8: bars to the median, dots at the 90th percentile; the mark is its budget.
+    """Latency in ms of each model: bars to the median, dots at the 90th percentile; the mark is its budget.
 
     None when no latency was measured.
     """
     rows: list[dict[str, Any]] = []
-    for name in ("fp32", "int8"):
+    for name in ("baseline", "fp32", "int8"):
         latency = section(profile, "models", name, "latency_ms")
         median, tail = number(latency.get("p50")), number(latency.get("p90"))
         if median is None:

@@ -8,6 +8,7 @@ decides when enough is known.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import statistics
@@ -155,11 +156,11 @@ def _existing(models: Mapping[str, Path]) -> dict[str, str]:
 
 
 def _widest(measurement: LatencyMeasurement) -> float:
-    """The relative half-width that must shrink: of the ratios to the first model, or of its own median."""
-    first, *others = measurement.windows_ms
-    if not others:
-        return measurement.percentile(first, 50).relative_half_width
-    return max(measurement.ratio(first, other).relative_half_width for other in others)
+    """The relative half-width that must shrink: the widest among the ratios of any two models, or of one's median."""
+    names = list(measurement.windows_ms)
+    if len(names) == 1:
+        return measurement.percentile(names[0], 50).relative_half_width
+    return max(measurement.ratio(*pair).relative_half_width for pair in itertools.combinations(names, 2))
 
 
 def measure_latency(
@@ -174,7 +175,7 @@ def measure_latency(
 ) -> LatencyMeasurement:
     """Measure models side by side in at least `processes` fresh processes.
 
-    Goes on, process by process, until the 95 % interval of the latency ratio has a relative half-width below
+    Goes on, process by process, until the 95 % intervals of all latency ratios have a relative half-width below
     `narrow_enough` or `seconds` (start-up included) are spent; `stopped_because` says which. `input_npy` holds
     preprocessed images [N, ...], run one at a time; None stands for random ones. Raises ProfileError.
     """
@@ -186,11 +187,12 @@ def measure_latency(
     reference: list[Floats] = []
     steady, started = 0, time.monotonic()
     what = " and ".join(paths)
+    # Who is loaded first gets another memory layout, so processes take turns.
+    orders = list(itertools.permutations(paths))
     with console.progress(f"measuring {what}", processes) as advance:
         while True:
-            # Who is loaded first gets another memory layout, so processes take turns.
-            order = list(paths) if len(reference) % 2 == 0 else list(reversed(paths))
-            answer = _ask_worker(request | {"order": order}, what=what, timeout=_TIMEOUT_SECONDS + 10 * share)
+            order = orders[len(reference) % len(orders)]
+            answer = _ask_worker(request | {"order": list(order)}, what=what, timeout=_TIMEOUT_SECONDS + 10 * share)
             for name in paths:
                 windows[name].append([np.array(window) for window in answer["windows_ms"][name]])
             reference.append(np.array(answer["reference_ms"]))

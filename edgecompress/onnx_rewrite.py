@@ -64,6 +64,11 @@ def _remove(graph: onnx.GraphProto, nodes: Iterable[NodeProto]) -> None:
     graph.node.extend(kept)
 
 
+def _forget_shapes(graph: onnx.GraphProto, names: set[str]) -> None:
+    for value in [value for value in graph.value_info if value.name in names]:
+        graph.value_info.remove(value)
+
+
 def _pads_into_convs(graph: onnx.GraphProto) -> int:
     """Pad with zero before Conv, alone or with a quantize-dequantize pair between, becomes Conv's own pads.
 
@@ -89,16 +94,23 @@ def _fold_pad(index: GraphIndex, pad: NodeProto) -> bool:
     if np.any(amounts[[0, 1, 4, 5]] != 0) or np.any(amounts < 0):
         return False
     removed = [pad]
-    after = index.only_consumer(pad.output[0])
-    if after is not None and after.op_type == "QuantizeLinear":
-        dequantize = index.only_consumer(after.output[0])
-        before = index.producer.get(pad.input[0])
-        if dequantize is None or before is None or not _same_scale(index, before, after):
+    reader, entry = index.only_consumer(pad.output[0]), pad.output[0]
+    quantize = None
+    if reader is not None and reader.op_type == "QuantizeLinear":
+        quantize = reader
+        dequantize = index.only_consumer(quantize.output[0])
+        if dequantize is None or not _same_scale(index, dequantize, quantize):
             return False
-        removed += [after, dequantize]
-        after = index.only_consumer(dequantize.output[0])
-    if after is None or after.op_type != "Conv" or after.input[0] != removed[-1].output[0]:
+        reader, entry = index.only_consumer(dequantize.output[0]), dequantize.output[0]
+        before = index.producer.get(pad.input[0])
+        if before is not None and before.op_type == "DequantizeLinear":
+            if not _same_scale(index, before, quantize):
+                return False  # ONNX Runtime would merge the two scales that then meet, and not exactly
+            removed += [quantize, dequantize]  # the values were on this grid before the pad
+            quantize = None
+    if reader is None or reader.op_type != "Conv" or reader.input[0] != entry:
         return False
+    after = reader
     auto_pad = _attribute(after, "auto_pad")
     if auto_pad is not None and auto_pad.s not in (b"NOTSET", b""):
         return False
@@ -108,7 +120,11 @@ def _fold_pad(index: GraphIndex, pad: NodeProto) -> bool:
     if own is not None:
         after.attribute.remove(own)
     after.attribute.append(onnx.helper.make_attribute("pads", [a + b for a, b in zip(old, extra, strict=True)]))
-    after.input[0] = pad.input[0]
+    if quantize is None:
+        after.input[0] = pad.input[0]
+    else:
+        quantize.input[0] = pad.input[0]
+        _forget_shapes(index.graph, {quantize.output[0], entry})  # smaller now by the padding
     _remove(index.graph, removed)
     return True
 
@@ -118,13 +134,17 @@ def _same_scale(index: GraphIndex, dequantize: NodeProto, quantize: NodeProto) -
         return False
     for left, right in zip(dequantize.input[1:], quantize.input[1:], strict=False):
         a, b = index.constant(left), index.constant(right)
-        if a is None or b is None or not np.array_equal(a, b):
+        if a is None or b is None or a.dtype != b.dtype or not np.array_equal(a, b):
             return False
     return len(dequantize.input) == len(quantize.input)
 
 
 def _means_as_pools(graph: onnx.GraphProto) -> int:
-    """ReduceMean over axes 2 and 3 becomes GlobalAveragePool, with Flatten where the axes are not kept."""
+    """ReduceMean over axes 2 and 3 becomes GlobalAveragePool, with Flatten where the axes are not kept.
+
+    The integer pool must give its integers itself, so a Flatten goes behind a quantize-dequantize pair of its own,
+    made from the pair that follows the mean: rounding twice to one scale is rounding once.
+    """
     shapes = {value.name: value.type.tensor_type.shape for value in graph.value_info}
     index = GraphIndex(graph)
     count = 0
@@ -140,7 +160,23 @@ def _means_as_pools(graph: onnx.GraphProto) -> int:
         pooled = node.output[0] if keeps_axes else f"{node.output[0]}_pooled"
         replacement = [onnx.helper.make_node("GlobalAveragePool", [node.input[0]], [pooled], name=node.name)]
         if not keeps_axes:
-            flat = onnx.helper.make_node("Flatten", [pooled], [node.output[0]], name=f"{node.name}_flatten", axis=1)
+            quantize = index.only_consumer(node.output[0])
+            dequantize = index.only_consumer(quantize.output[0]) if quantize is not None else None
+            if (
+                quantize is not None
+                and dequantize is not None
+                and quantize.op_type == "QuantizeLinear"
+                and _same_scale(index, dequantize, quantize)
+            ):
+                for original, suffix in ((quantize, "quantized"), (dequantize, "dequantized")):
+                    twin = onnx.NodeProto()
+                    twin.CopyFrom(original)
+                    twin.name = f"{original.name}_pooled"
+                    twin.input[0] = replacement[-1].output[0]
+                    twin.output[0] = f"{pooled}_{suffix}"
+                    replacement.append(twin)
+            behind = replacement[-1].output[0]
+            flat = onnx.helper.make_node("Flatten", [behind], [node.output[0]], name=f"{node.name}_flatten", axis=1)
             replacement.append(flat)
         del graph.node[position]
         for new in reversed(replacement):

@@ -31,6 +31,8 @@ def sqnr_db(reference: Logits, quantized: Logits) -> float:
     """
     signal = float(np.sum(reference.astype(np.float64) ** 2))
     noise = float(np.sum((reference.astype(np.float64) - quantized) ** 2))
+    if not np.isfinite(signal + noise):
+        raise ParityError("the logits hold NaN or infinity; their ratio means nothing")
     if signal == 0.0:
         raise ParityError("the reference logits are all zero; the model computes nothing")
     return float("inf") if noise == 0.0 else 10.0 * float(np.log10(signal / noise))
@@ -57,6 +59,7 @@ def run_onnx(path: Path, split: PreparedSplit, preprocessing: Preprocessing, ind
 
 def compare_float(torch_logits: Logits, onnx_logits: Logits, gates: Gates) -> dict[str, Any]:
     """PyTorch against ONNX, both fp32: the `onnx_fp32` part of parity.json, with its `checks`."""
+    _require_finite(torch_logits, "PyTorch")
     _require_finite(onnx_logits, "the fp32 ONNX file")
     difference = float(np.abs(torch_logits - onnx_logits).max())
     relative = difference / max(float(np.abs(torch_logits).max()), 1e-12)
@@ -88,6 +91,8 @@ def compare_int8(
     float_logits: Logits, int8_logits: Logits, torch_int8_logits: Logits, labels: NDArray[np.int64], gates: Gates
 ) -> dict[str, Any]:
     """int8 ONNX against fp32 ONNX and against int8 PyTorch: the `onnx_int8` part of parity.json."""
+    _require_finite(float_logits, "the fp32 ONNX file")
+    _require_finite(torch_int8_logits, "int8 PyTorch")
     _require_finite(int8_logits, "the int8 ONNX file")
     agreement = top1_agreement(float_logits, int8_logits)
     torch_agreement = top1_agreement(torch_int8_logits, int8_logits)

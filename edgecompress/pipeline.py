@@ -6,6 +6,10 @@ the command line see the whole pipeline.
 
 from __future__ import annotations
 
+import contextlib
+import math
+import reprlib
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -14,13 +18,14 @@ from pathlib import Path
 
 from edgecompress import console
 from edgecompress.apply_run import apply_recipe, start_manifest
-from edgecompress.errors import RunError
+from edgecompress.errors import ConfigurationError, InputError, RunError
 from edgecompress.export_run import export_folder, export_run
 from edgecompress.profile_run import profile_run
 from edgecompress.recipe import Recipe, load_recipe
 from edgecompress.report import ReportPaths, write_report
-from edgecompress.run_directory import Json, RunDirectory, new_run_path, newest_run
+from edgecompress.run_directory import RUNS_ROOT, Json, RunDirectory, new_run_path, open_run
 from edgecompress.run_state import missed_gates, recipe_document
+from edgecompress.shipped import shipped_path
 from edgecompress.target import Target, load_target
 
 DEFAULT_PROFILE_SECONDS = 20.0
@@ -37,13 +42,6 @@ class Outcome:
     reports: dict[str, ReportPaths] = field(default_factory=dict)
 
 
-def open_run(path: Path | None) -> RunDirectory:
-    """The run at `path`, or the newest one. Raises RunError."""
-    run = RunDirectory(path if path is not None else newest_run())
-    run.read_manifest()
-    return run
-
-
 def apply(
     recipe_source: str,
     *,
@@ -57,10 +55,11 @@ def apply(
     recipe = load_recipe(recipe_source, overrides)
     resolved = load_target(target) if target is not None else None
     names = [resolved.name] if resolved else []
-    run = _start(recipe, recipe_source, overrides, names, output, resume, command)
+    started = _start(recipe, recipe_source, overrides, names, output, resume, command)
+    run = started.directory
     if run.read_manifest()["status"] == "complete":
         return _already_complete(run)
-    with _recorded(run, final=True):
+    with _recorded(started):
         apply_recipe(recipe, run, resolved)
     manifest = run.read_manifest()
     return Outcome(run, manifest, missed_gates(manifest))
@@ -79,6 +78,7 @@ def export(
 
 def profile(path: Path | None, *, target: str, seconds: float = DEFAULT_PROFILE_SECONDS) -> Outcome:
     """Measure a run's exported files on a target, judge them and write the report."""
+    _check_seconds(seconds)
     run = open_run(path)
     resolved = load_target(target)
     document = profile_run(run, resolved, folder=export_folder(run, resolved), seconds=seconds)
@@ -107,15 +107,17 @@ def run(
     command: str = "",
 ) -> Outcome:
     """Apply, export with int8, profile and report, for one target or several."""
+    _check_seconds(seconds)
     recipe = load_recipe(recipe_source, overrides)
-    resolved = [load_target(target) for target in dict.fromkeys(targets)]
+    resolved = _load_targets(targets)
     names = [target.name for target in resolved]
-    directory = _start(recipe, recipe_source, overrides, names, output, resume, command)
+    started = _start(recipe, recipe_source, overrides, names, output, resume, command)
+    directory = started.directory
     if directory.read_manifest()["status"] == "complete":
         return _already_complete(directory)
     profiles: dict[str, Json] = {}
     reports: dict[str, ReportPaths] = {}
-    with _recorded(directory, final=True):
+    with _recorded(started):
         apply_recipe(recipe, directory, resolved[0])
         for target in resolved:
             folder = export_folder(directory, target)
@@ -129,6 +131,44 @@ def run(
     return Outcome(directory, manifest, list(dict.fromkeys(missed)), profiles, reports)
 
 
+def _check_seconds(seconds: float) -> None:
+    if not math.isfinite(seconds):
+        raise ConfigurationError(f"--seconds: {seconds} is no time to measure for; give a number such as 20")
+
+
+def _load_targets(sources: Sequence[str]) -> list[Target]:
+    """The targets in the order given, each once. Two that differ cannot share a name, which names their files."""
+    targets: dict[str, Target] = {}
+    for source in sources:
+        target = load_target(source)
+        if targets.setdefault(target.name, target) != target:
+            raise ConfigurationError(
+                f"--target {source}: another target is called '{target.name}' too; change its name"
+            )
+    return list(targets.values())
+
+
+@dataclass(frozen=True)
+class _Started:
+    """The directory of this command, and what of it this command made."""
+
+    directory: RunDirectory
+    made_run: bool = False
+    made_folder: bool = False
+
+    def discard(self) -> None:
+        """Remove the run that this command made, so that the command can be mended and given again."""
+        for path in self.directory.path.iterdir():
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+        if self.made_folder:
+            self.directory.path.rmdir()
+            with contextlib.suppress(OSError):  # other runs are in it
+                RUNS_ROOT.rmdir()
+
+
 def _start(
     recipe: Recipe,
     source: str,
@@ -137,13 +177,22 @@ def _start(
     output: Path | None,
     resume: bool,
     command: str,
-) -> RunDirectory:
+) -> _Started:
     """A new run directory, or with `resume` the one that is there. Nothing is overwritten unasked."""
+    if resume and output is None:
+        raise RunError("--resume needs --output DIR, the run to go on with")
     directory = RunDirectory(output if output is not None else new_run_path(recipe.name))
-    if directory.manifest_path.exists():
+    try:
+        has_run, has_folder = directory.manifest_path.exists(), directory.path.exists()
+        is_foreign = has_folder and not has_run and (not directory.path.is_dir() or any(directory.path.iterdir()))
+    except OSError as error:
+        raise RunError(f"{directory.path}: cannot be read: {error.strerror}; choose another --output") from error
+    if is_foreign:
+        raise RunError(f"{directory.path}: exists and is no run directory; choose another --output")
+    if has_run:
         if not resume:
             raise RunError(f"{directory.path}: a run is already there; go on with --resume, or choose another --output")
-        manifest = directory.read_manifest()
+        manifest = open_run(directory.path).read_manifest()
         if manifest["recipe"] != recipe_document(recipe):
             changed = _differences(manifest["recipe"], recipe_document(recipe))
             raise RunError(
@@ -153,20 +202,14 @@ def _start(
         missing = [name for name in targets if name not in manifest["targets"]]
         if missing:
             directory.update_manifest(lambda m: m.update(targets=[*m["targets"], *missing], status="running"))
-        return directory
-    if directory.path.exists() and (not directory.path.is_dir() or any(directory.path.iterdir())):
-        raise RunError(f"{directory.path}: exists and is no run directory; choose another --output")
-    if resume and output is None:
-        raise RunError("--resume needs --output DIR, the run to go on with")
+        return _Started(directory)
+    manifest = start_manifest(recipe, source=source, overrides=list(overrides), targets=targets, command=command)
     try:
         directory.path.mkdir(parents=True, exist_ok=True)
+        directory.write_manifest(manifest)
     except OSError as error:
-        raise RunError(f"{directory.path}: cannot be created: {error.strerror}; choose another --output") from error
-    directory.write_manifest(
-        start_manifest(recipe, source=source, overrides=list(overrides), targets=targets, command=command)
-    )
-    console.note(f"run directory: {directory.path}")
-    return directory
+        raise RunError(f"{directory.path}: cannot be written: {error.strerror}; choose another --output") from error
+    return _Started(directory, made_run=True, made_folder=not has_folder)
 
 
 def _differences(old: object, new: object, place: str = "") -> list[str]:
@@ -177,21 +220,29 @@ def _differences(old: object, new: object, place: str = "") -> list[str]:
     if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
         pairs = enumerate(zip(old, new, strict=True))
         return [text for i, (a, b) in pairs for text in _differences(a, b, f"{place}.{i}")]
-    return [] if old == new else [f"{place}: {old!r} there, {new!r} now"]
+    return [] if old == new else [f"{place}: {reprlib.repr(old)} there, {reprlib.repr(new)} now"]
 
 
 @contextmanager
-def _recorded(run: RunDirectory, *, final: bool) -> Iterator[None]:
-    """Write the run's status whatever happens, and say how to go on when it failed."""
+def _recorded(started: _Started) -> Iterator[None]:
+    """Write the run's status whatever happens, and say how to go on when it failed.
+
+    Where the input was at fault before any stage was done, a new run is removed again: there is nothing to go on with,
+    and the mended command would be refused for a recipe that has changed.
+    """
+    run = started.directory
     try:
         yield
     except BaseException as error:
+        done = any(stage.get("status") == "complete" for stage in run.read_manifest()["stages"])
+        if started.made_run and isinstance(error, InputError) and not done:
+            started.discard()
+            raise
         message = "interrupted" if isinstance(error, KeyboardInterrupt) else str(error)
         run.update_manifest(lambda m: m.update(status="failed", error=message, finished_at=_now()))
         console.note(f"what was done is kept; go on with the same command and: --output {run.path} --resume")
         raise
-    if final:
-        run.update_manifest(lambda m: m.update(status="complete", error=None, finished_at=_now()))
+    run.update_manifest(lambda m: m.update(status="complete", error=None, finished_at=_now()))
 
 
 def _now() -> str:
@@ -210,6 +261,10 @@ def _target_of(run: RunDirectory, target: str | None) -> Target:
     if target is not None:
         return load_target(target)
     names = run.read_manifest().get("targets") or []
+    if names and shipped_path("targets", str(names[0])) is None:
+        raise RunError(
+            f"{run.path}: was made for '{names[0]}', which is no shipped target; give its file with --target"
+        )
     if names:
         return load_target(str(names[0]))
     return load_target("arm64" if architecture() == "aarch64" else "x86")

@@ -13,6 +13,7 @@ import torch
 
 from edgecompress.checkpoint import rebuild
 from edgecompress.errors import RunError
+from edgecompress.export_run import BASELINE_FILE
 from edgecompress.profiling import profile_models
 from edgecompress.run_directory import Json, RunDirectory, write_json
 from edgecompress.run_state import last_float_id, missed_gates, recipe_of
@@ -21,11 +22,11 @@ from edgecompress.verdict import decide
 
 
 def profile_run(run: RunDirectory, target: Target, *, folder: Path, seconds: float) -> Json:
-    """Measure model.onnx and, where there is one, model.int8.onnx of `folder`; returns the profile's document.
+    """Measure the ONNX files of `folder` (int8 and baseline where there are any); returns the profile's document.
 
     `seconds` bounds the time spent on latency. Raises RunError when nothing was exported for this target.
     """
-    models = {"fp32": folder / "model.onnx", "int8": folder / "model.int8.onnx"}
+    models = {"baseline": folder / BASELINE_FILE, "fp32": folder / "model.onnx", "int8": folder / "model.int8.onnx"}
     present = {name: path for name, path in models.items() if path.is_file()}
     if "fp32" not in present:
         raise RunError(
@@ -42,9 +43,10 @@ def profile_run(run: RunDirectory, target: Target, *, folder: Path, seconds: flo
         gates_missed=missed_gates(manifest, target.name),
         accuracy_drop=_accuracy_drop(manifest, "int8" in present),
     )
+    judged = [] if "int8" in present else ["No int8 file was exported for this target; what is judged is fp32."]
     profile |= {
         "verdict": verdict.verdict,
-        "reasons": verdict.reasons,
+        "reasons": [*judged, *verdict.reasons],
         "missed": verdict.missed,
         "target_facts": target.model_dump(mode="json"),
     }

@@ -1,9 +1,9 @@
 """Exported models in, the profile of a target out: latency, memory, size, and what runs on integers.
 
-What enters: `fp32` and, where there is one, `int8` ONNX files, and the target. What leaves: the document
-`profile/<target>.json`, without the verdict. Where the machine at hand is not the target nothing that
-depends on the clock or on memory in use is given: those fields are null, `measured` is false, and what the
-files themselves say (size, MACs, integer coverage) is still there.
+What enters: ONNX files, `fp32` and, where there are any, `int8` (of the same network) and `baseline` (the first
+model, in fp32), and the target. What leaves: the document `profile/<target>.json`, without the verdict. Where the
+machine at hand is not the target nothing that depends on the clock or on memory in use is given: those fields are
+null, `measured` is false, and what the files themselves say (size, MACs, integer coverage) is still there.
 """
 
 from __future__ import annotations
@@ -33,20 +33,24 @@ from edgecompress.target import Target
 NOISY_FRACTION = 0.05  # spread of the reference loop above which the machine counts as busy
 _PERCENTILES = (50, 90, 99)
 _ISLANDS = 20
+_MODELS = ("baseline", "fp32", "int8")
 Json = dict[str, Any]
 
 
 def profile_models(
     models: Mapping[str, Path], *, target: Target, input_npy: Path | None, seconds: float = 30.0
 ) -> Json:
-    """Profile `fp32` and perhaps `int8` for a target; returns the document of `profile/<target>.json`.
+    """Profile `fp32` and perhaps `int8` and `baseline` for a target; returns the document of `profile/<target>.json`.
 
     `input_npy` holds preprocessed images [N, ...]; `seconds` bounds the measuring of latency. Latencies are in
-    ms, sizes in bytes, shares are fractions. Raises ProfileError.
+    ms, sizes in bytes, shares are fractions. `int8_speedup` compares one network in two forms (fp32 over int8),
+    `end_to_end_speedup` the baseline with what ships (int8 where there is one, else fp32). Raises ProfileError.
     """
-    if "fp32" not in models or set(models) - {"fp32", "int8"}:
-        raise ProfileError(f"profile: models are named fp32 and int8, and fp32 must be there; got {sorted(models)}")
-    paths = {name: Path(models[name]) for name in ("fp32", "int8") if name in models}
+    if "fp32" not in models or set(models) - set(_MODELS):
+        raise ProfileError(
+            f"profile: models are named {', '.join(_MODELS)}, and fp32 must be there; got {sorted(models)}"
+        )
+    paths = {name: Path(models[name]) for name in _MODELS if name in models}
     static = {name: _static(path) for name, path in paths.items()}
     reasons = fits(target) + _runtime_reasons(target)
     machine = describe_machine()
@@ -63,6 +67,7 @@ def profile_models(
         "versions": versions(),
         "models": {},
         "int8_speedup": {"ratio": None, "ci95": None},
+        "end_to_end_speedup": {"ratio": None, "ci95": None},
         "int8_mac_coverage": static["int8"]["int8_mac_coverage"] if "int8" in static else None,
         "noise": None,
         "method": None,
@@ -78,8 +83,9 @@ def profile_models(
     latency = measure_latency(paths, seconds=seconds, **how)
     document["models"] = {name: {**_timing(latency, name), **_loading(fresh[name]), **static[name]} for name in paths}
     if "int8" in paths:
-        ratio = latency.ratio("fp32", "int8")
-        document["int8_speedup"] = {"ratio": ratio.ratio, "ci95": [ratio.low, ratio.high]}
+        document["int8_speedup"] = _speedup(latency, "fp32", "int8")
+    if "baseline" in paths:
+        document["end_to_end_speedup"] = _speedup(latency, "baseline", "int8" if "int8" in paths else "fp32")
     document["noise"] = _noise(latency)
     document["method"] = _method(latency, target, fresh["fp32"].processes)
     document["notes"] += _noise_notes(document["noise"])
@@ -139,6 +145,11 @@ def _timing(measurement: LatencyMeasurement, name: str) -> Json:
     return {"latency_ms": latency, "throughput_per_s": 1000.0 / mean}
 
 
+def _speedup(measurement: LatencyMeasurement, before: str, after: str) -> Json:
+    ratio = measurement.ratio(before, after)
+    return {"ratio": ratio.ratio, "ci95": [ratio.low, ratio.high]}
+
+
 def _loading(fresh: FreshMeasurement) -> Json:
     return {
         "load_ms": fresh.load_ms,
@@ -178,7 +189,7 @@ def _noise_notes(noise: Json) -> list[str]:
     if noise["reference_spread"] > NOISY_FRACTION:
         notes.append(
             f"The machine was busy: a fixed loop of {noise['reference_ms']:.2f} ms varied by "
-            f"{noise['reference_spread']:.0%} (quartiles). Measure again when it is idle."
+            f"{100 * noise['reference_spread']:.0f} % (quartiles). Measure again when it is idle."
         )
     unsteady = noise["processes"] - noise["steady_processes"]
     if unsteady:

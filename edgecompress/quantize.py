@@ -27,7 +27,7 @@ from edgecompress import console
 from edgecompress.calibration import activation_observer
 from edgecompress.errors import QuantizationError, RunError
 from edgecompress.machine import has_vnni
-from edgecompress.quantizer import OnnxRuntimeQuantizer, Scheme
+from edgecompress.quantizer import OnnxRuntimeQuantizer, Scheme, module_name
 from edgecompress.recipe import QuantizeStage
 from edgecompress.rounding import compensate
 from edgecompress.run_directory import atomic_path, write_text
@@ -93,6 +93,7 @@ def capture(module: nn.Module, example: Tensor) -> GraphModule:
     try:
         program = torch.export.export(twin, (example,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
         captured = program.module()
+        _unshare_weights(captured)
     except Exception as error:  # torch.export raises many unrelated types for code it cannot trace
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise QuantizationError(
@@ -101,6 +102,27 @@ def capture(module: nn.Module, example: Tensor) -> GraphModule:
         ) from error
     assert isinstance(captured, GraphModule)
     return captured
+
+
+def _unshare_weights(captured: GraphModule) -> None:
+    """Give every use of a parameter its own copy.
+
+    A layer that runs twice has inputs of two scales, so its int32 bias needs two; and a batch norm after each call
+    would be folded into the same weights twice.
+    """
+    for node in [node for node in captured.graph.nodes if node.op == "get_attr"]:
+        folder, _, leaf = str(node.target).rpartition(".")
+        owner = captured.get_submodule(folder)
+        value = getattr(owner, leaf)
+        if not isinstance(value, nn.Parameter):
+            continue
+        for number, user in enumerate(list(node.users)[1:], start=2):
+            owner.register_parameter(f"{leaf}_use{number}", nn.Parameter(value.detach().clone(), requires_grad=False))
+            with captured.graph.inserting_before(user):
+                own = captured.graph.get_attr(f"{node.target}_use{number}")
+            own.meta = dict(node.meta)
+            user.replace_input_with(node, own)
+    captured.recompile()
 
 
 def quantize(
@@ -116,6 +138,7 @@ def quantize(
 
     Raises QuantizationError when the model has no layer that can be int8 or its ranges are not finite.
     """
+    _check_weights(module)
     observer = activation_observer(stage.calibration.method, stage.calibration.percentile)
     quantizer = OnnxRuntimeQuantizer(scheme, observer, stage.exclude)
     prepared = prepare_pt2e(capture(module, example), quantizer)
@@ -124,7 +147,12 @@ def quantize(
         raise QuantizationError("no layer of the model can be int8: it holds no Conv2d or Linear outside of exclude")
     with torch.no_grad(), console.progress("calibrating", batches) as advance:
         for batch in calibration():
-            prepared(batch)
+            output = prepared(batch)
+            if isinstance(output, Tensor) and not bool(torch.isfinite(output).all()):
+                _check_ranges(prepared)  # it may know where it began
+                raise QuantizationError(
+                    "the model's output is NaN or infinite on calibration images; check its weights"
+                )
             advance()
     _check_ranges(prepared)
     graph = convert_pt2e(prepared)
@@ -190,16 +218,27 @@ def _noise(wanted: Tensor, got: Tensor) -> float:
     return float(((wanted - got).double() ** 2).sum())
 
 
+def _check_weights(module: nn.Module) -> None:
+    for name, parameter in module.named_parameters():
+        if not bool(torch.isfinite(parameter).all()):
+            raise QuantizationError(f"{name} holds NaN or infinity; train the model again, or give a sound checkpoint")
+
+
 def _check_ranges(prepared: GraphModule) -> None:
-    for name, child in prepared.named_modules():
+    """Refuse ranges that are not finite, in the order in which the graph runs, so that the first culprit is named."""
+    for node in prepared.graph.nodes:
+        child = prepared.get_submodule(str(node.target)) if node.op == "call_module" else None
         low, high = getattr(child, "min_val", None), getattr(child, "max_val", None)
         if not isinstance(low, Tensor) or not isinstance(high, Tensor):
             continue
-        if not (torch.isfinite(low).all() and torch.isfinite(high).all()):
-            raise QuantizationError(
-                f"{name}: activation range is not finite after calibration; "
-                "the model gives infinity or NaN on calibration images, or never ran"
-            )
+        observed = node.args[0]
+        place = str(observed.target) if observed.op == "get_attr" else module_name(observed)
+        never_ran = low.numel() == 0 or bool((low > high).any())  # as an observer starts
+        saw_non_finite = getattr(child, "saw_non_finite", False)
+        if never_ran and not saw_non_finite:
+            raise QuantizationError(f"{place}: no range was found; it never ran on calibration images")
+        if saw_non_finite or not (torch.isfinite(low).all() and torch.isfinite(high).all()):
+            raise QuantizationError(f"{place}: NaN or infinity on calibration images; check its weights and the data")
 
 
 def _activation_nodes(graph: GraphModule) -> list[Node]:
@@ -255,23 +294,28 @@ def load_quantized(folder: Path, module: nn.Module, description: dict[str, Any],
 
     Raises RunError when the files do not fit each other.
     """
-    facts = description["quantized"]
-    scheme = Scheme(facts["scheme"]["activations"], int(facts["scheme"]["weight_bits"]))
-    quantizer = OnnxRuntimeQuantizer(scheme, MinMaxObserver, facts["exclude"])
-    prepared = prepare_pt2e(capture(module, example), quantizer)
-    with torch.no_grad():
-        prepared(example)
-    graph = convert_pt2e(prepared)
     try:
+        facts = description["quantized"]
+        scheme = Scheme(facts["scheme"]["activations"], int(facts["scheme"]["weight_bits"]))
+        quantizer = OnnxRuntimeQuantizer(scheme, MinMaxObserver, facts["exclude"])
+        prepared = prepare_pt2e(capture(module, example), quantizer)
+        with torch.no_grad():
+            prepared(example)
+        graph = convert_pt2e(prepared)
         tensors = load_file(folder / "model.safetensors")
         scales, zero_points = tensors.pop(_SCALES).tolist(), tensors.pop(_ZERO_POINTS).tolist()
         nodes = _activation_nodes(graph)
         if len(nodes) != len(scales):
             raise RunError(f"{folder}: {len(scales)} scales for a graph with {len(nodes)}; made by other versions?")
+        low, high = scheme.activation_range
+        if not all(math.isfinite(scale) and scale > 0 for scale in scales) or not all(
+            low <= zero_point <= high for zero_point in zero_points
+        ):
+            raise RunError(f"{folder}: holds scales or zero points that mean nothing; run the quantize stage again")
         for node, scale, zero_point in zip(nodes, scales, zero_points, strict=True):
             node.args = (node.args[0], float(scale), int(zero_point), *node.args[3:])
         _restore_constants(graph, tensors)
-    except (OSError, KeyError, RuntimeError, SafetensorError) as error:
+    except (OSError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
         raise RunError(f"{folder}: the int8 model cannot be rebuilt: {error}; run the quantize stage again") from error
     graph.recompile()
     return QuantizedModel(

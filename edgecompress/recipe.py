@@ -7,6 +7,7 @@ made again. Fields carry their units; ratios are fractions.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -29,6 +30,9 @@ Identifier = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$")]
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 Channels = Annotated[tuple[float, ...], Field(min_length=1, max_length=16)]
 Interpolation = Literal["nearest", "bilinear", "bicubic"]
+
+INITIAL_ID = "initial"  # the folder of the model as the recipe gives it
+DEFAULT_QUANTIZE_ID = "int8"  # the quantize stage of a recipe that names none
 
 
 class PreprocessingSettings(FrozenSettings):
@@ -239,8 +243,10 @@ class Recipe(FrozenSettings):
         for index, stage in enumerate(self.stages):
             if stage.id in seen:
                 faults.append(f"stages.{stage.id}: two stages have this id; give each its own")
-            if stage.id in RESERVED_IDS and not isinstance(stage, QuantizeStage):
-                faults.append(f"stages.{stage.id}: the id '{stage.id}' is kept for {RESERVED_IDS[stage.id]}; choose another")
+            if stage.id == INITIAL_ID:
+                faults.append(f"stages.{stage.id}: this id is kept for the model as it was given; choose another")
+            if stage.id == DEFAULT_QUANTIZE_ID and not isinstance(stage, QuantizeStage):
+                faults.append(f"stages.{stage.id}: this id is kept for the quantize stage; choose another")
             teacher = getattr(stage, "teacher", None)
             if teacher is not None and teacher.stage is not None and teacher.stage not in seen:
                 hint = did_you_mean(teacher.stage, seen) if seen else "; there is no earlier stage"
@@ -254,9 +260,9 @@ class Recipe(FrozenSettings):
 
     @property
     def quantize_stage(self) -> QuantizeStage:
-        """The recipe's quantize stage, or the default one, id `int8`."""
+        """The recipe's quantize stage, or the default one."""
         last = self.stages[-1]
-        return last if isinstance(last, QuantizeStage) else QuantizeStage(kind="quantize", id="int8")
+        return last if isinstance(last, QuantizeStage) else QuantizeStage(kind="quantize", id=DEFAULT_QUANTIZE_ID)
 
     @property
     def has_trained_weights(self) -> bool:

@@ -57,6 +57,7 @@ def report_document(run: RunDirectory, target: str) -> dict[str, Any]:
             "changes": _changes(stages, profile or {}),
             "stages": [_stage(row) for row in stages],
             "models": summary.model_rows(profile or {}),
+            "model_columns": [{"key": key, "title": title} for key, title in summary.model_columns(profile or {})],
             "accuracy_figure": figures.accuracy_figure(stages),
             "latency_figure": figures.latency_figure(profile or {}, budget_rows(profile or {}, stages)),
         },
@@ -273,9 +274,9 @@ def _changes(stages: Sequence[Json], profile: Json) -> list[dict[str, Any]]:
     if ends is not None:
         first, last = ends
         delta = last["accuracy_delta_points"]
-        texts = [summary.percent_text(row.get("accuracy")) for row in ends]
+        before, after = (summary.percent_text(row.get("accuracy")) for row in ends)
         points = summary.points_text(delta)
-        add("Accuracy", points if points == summary.MISSING else f"{points} points", *texts, worse=False)
+        add("Accuracy", points if points == summary.MISSING else f"{points} points", before, after, worse=False)
         for what, key, text_of, less, more in (
             ("MACs", "macs", summary.count_text, "fewer", "more"),
             ("Size", "size_bytes", summary.bytes_text, "smaller", "larger"),
@@ -285,18 +286,17 @@ def _changes(stages: Sequence[Json], profile: Json) -> list[dict[str, Any]]:
             add(what, text, text_of(old), text_of(new), worse=text.endswith(more))
     latency = next((row for row in summary.model_rows(profile) if row["label"] == "Latency, median"), None)
     if latency is not None:
-        add(
-            "int8 against fp32",
-            latency["change"],
-            latency["fp32"],
-            latency["int8"],
-            latency["change"].endswith("slower"),
-        )
+        shipped = summary.shipped_model(profile)
+        for what, key, before, after in (
+            ("Latency", "change_from_baseline", "baseline", shipped),
+            ("int8 against fp32", "change", "fp32", "int8"),
+        ):
+            add(what, latency[key], latency[before], latency[after], worse=latency[key].endswith("slower"))
     return changes
 
 
 def _stage(row: Json) -> dict[str, Any]:
-    keys = ("id", "kind", "status", "accuracy", "accuracy_delta_points", "accuracy_ci95", "accuracy_split", "samples")
-    keys += ("params", "macs", "sparsity", "size_bytes", "size_bytes_compressed", "seconds", "epochs")
-    keys += ("calibration_samples", "summary", "error", "is_baseline")
+    keys = ["id", "kind", "status", "accuracy", "accuracy_delta_points", "accuracy_ci95", "accuracy_split", "samples"]
+    keys += ["params", "macs", "sparsity", "size_bytes", "size_bytes_compressed", "seconds", "epochs"]
+    keys += ["calibration_samples", "summary", "error", "is_baseline"]
     return {key: row.get(key) for key in keys}

@@ -145,7 +145,9 @@ def _treat_layer(node: Node, site: _WeightSite, int8_steps: _Stepper, float_step
     output = int8_steps.run_until(node.name)
     if site.bias_integers is None or site.bias_scale is None:
         return
-    dims = [d for d in range(output.dim()) if d != 1]
+    # A convolution's channels are axis 1, a linear layer's the last one, however many axes there are.
+    channel_axis = 1 if node.target in _CONVOLUTIONS else output.dim() - 1
+    dims = [d for d in range(output.dim()) if d != channel_axis]
     error = (float_output - output).mean(dim=dims)
     steps = torch.round(error / site.bias_scale).to(torch.int64)
     limit = 2**31 - 1
@@ -155,7 +157,7 @@ def _treat_layer(node: Node, site: _WeightSite, int8_steps: _Stepper, float_step
     bias_node = node.args[2]
     assert isinstance(bias_node, Node)
     int8_steps.constant(bias_node).copy_(corrected.float() * site.bias_scale)
-    output += moved.float().view([1, -1] + [1] * (output.dim() - 2))
+    output += moved.float().view([-1] + [1] * (output.dim() - 1 - channel_axis))
 
 
 def _float_weight(steps: _Stepper, node: Node) -> Tensor:
@@ -185,17 +187,29 @@ def round_compensated(weight: Tensor, scale: Tensor, inputs: Tensor, node: Node,
     hessian = (patches @ patches.transpose(1, 2)).double()  # [groups, columns, columns]
     rows = weight.reshape(groups, -1, columns).double()
     steps = scale.double().reshape(groups, -1)
-    integers = _gptq(rows, steps, hessian, low, high)
+    integers = _better_rows(rows, steps, hessian, _gptq(rows, steps, hessian, low, high), low, high)
     return integers.reshape(weight.shape).to(torch.int8)
+
+
+def _better_rows(rows: Tensor, steps: Tensor, hessian: Tensor, integers: Tensor, low: int, high: int) -> Tensor:
+    """Keep each output channel's `integers` only where they beat rounding to nearest: the update is greedy."""
+    step = steps[:, :, None]
+    nearest = torch.round(rows / step).clamp(low, high)
+    losses = []
+    for candidate in (integers, nearest):
+        error = rows - candidate * step
+        losses.append(((error @ hessian) * error).sum(dim=2, keepdim=True))
+    return torch.where(losses[0] < losses[1], integers, nearest)
 
 
 def _patches(inputs: Tensor, weight: Tensor, node: Node, groups: int, columns: int) -> Tensor:
     """A seeded choice of the input patches of a convolution: [groups, columns, samples]."""
-    defaults: list[Any] = [[1, 1], [0, 0], [1, 1]]
+    is_named = node.target is aten.conv2d.padding
+    defaults: list[Any] = [[1, 1], "valid" if is_named else [0, 0], [1, 1]]
     arguments: list[Any] = list(node.args[3:6])
     stride, padding, dilation = arguments + defaults[len(arguments) :]
     kernel = tuple(weight.shape[2:])
-    if node.target is aten.conv2d.padding:
+    if is_named:
         inputs, padding = _explicit_padding(inputs, str(padding), kernel, dilation), [0, 0]
     wanted = max(_MIN_PATCHES, _PATCHES_PER_COLUMN * columns)
     per_image = max(1, -(-wanted // inputs.shape[0]))

@@ -59,10 +59,14 @@ def write_text(path: Path, text: str) -> None:
 
 def to_json(document: Any) -> str:
     """JSON text with stable layout; not-a-number becomes null, since JSON has no name for it."""
-    return json.dumps(_finite(document), indent=2, ensure_ascii=False, default=str) + "\n"
+    text = json.dumps(_finite(document), indent=2, ensure_ascii=False, default=str) + "\n"
+    # A path that is not UTF-8 reaches Python as lone surrogates; as \udcff they can be written, and read back.
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def _finite(value: Any) -> Any:
+    if hasattr(value, "tolist"):  # numpy and torch: a float32 is no float, and would become text
+        value = value.tolist()
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, dict):
@@ -81,7 +85,7 @@ def read_json(path: Path) -> Json:
     """Read a JSON object. Raises RunError naming the file."""
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise RunError(f"{path}: cannot be read: {error}") from error
     if not isinstance(document, dict):
         raise RunError(f"{path}: expected a JSON object")
@@ -118,7 +122,11 @@ class RunDirectory:
 
     def read_manifest(self) -> Json:
         """Raises RunError when this is no run directory."""
-        if not self.manifest_path.is_file():
+        try:
+            there = self.manifest_path.is_file()
+        except OSError as error:  # a folder that may not be entered, a name that is too long
+            raise RunError(f"{self.path}: cannot be read: {error.strerror}") from error
+        if not there:
             raise RunError(f"{self.path}: not a run directory (it holds no run.json); start one with edgecompress run")
         manifest = read_json(self.manifest_path)
         if manifest.get("schema_version") != SCHEMA_VERSION:
@@ -167,3 +175,12 @@ def newest_run() -> Path:
     if not runs:
         raise RunError("no run yet under runs/; start one with: edgecompress run prune_kd --target x86")
     return max(runs, key=lambda path: (str(read_json(path / "run.json").get("started_at", "")), path.name))
+
+
+def open_run(path: Path | None) -> RunDirectory:
+    """The run at `path`, or the newest one. Raises RunError."""
+    run = RunDirectory(path if path is not None else newest_run())
+    missing = [key for key in ("status", "recipe", "stages", "targets") if key not in run.read_manifest()]
+    if missing:
+        raise RunError(f"{run.manifest_path}: has no {', '.join(missing)}; it is damaged, start a new run")
+    return run

@@ -21,10 +21,10 @@ from edgecompress.configuration import apply_overrides, validate
 from edgecompress.data import ImageData
 from edgecompress.errors import DataError, RunError
 from edgecompress.evaluate import accuracy, wilson_interval
-from edgecompress.recipe import QuantizeStage, Recipe
+from edgecompress.recipe import INITIAL_ID, QuantizeStage, Recipe
 from edgecompress.run_directory import Json, RunDirectory, atomic_path
 
-INITIAL = "initial"
+INITIAL = INITIAL_ID
 """Folder of the model as the recipe gave it, when no stage trains it from scratch."""
 
 
@@ -89,7 +89,7 @@ def report_indices(data: ImageData, recipe: Recipe) -> np.ndarray[Any, np.dtype[
     total = len(data.splits[data.report_split])
     if total <= recipe.gates.max_samples:
         return np.arange(total, dtype=np.int64)
-    generator = np.random.default_rng(recipe.data.split_seed)
+    generator = np.random.default_rng(recipe.data.split_seed & 0xFFFF_FFFF_FFFF_FFFF)  # takes no negative numbers
     return np.sort(generator.choice(total, size=recipe.gates.max_samples, replace=False)).astype(np.int64)
 
 

@@ -48,6 +48,7 @@ _LABELS = {
     "predictions_vary": "Predictions vary from image to image",
     "trained_weights": "The weights were trained",
 }
+_MODELS = ("baseline", "fp32", "int8")
 # One row of the models table each: label, key, and the words for less and for more of it.
 _MODEL_ROWS = (
     ("Latency, median", ("latency_ms", "p50"), "faster", "slower"),
@@ -245,48 +246,78 @@ def stage_rows(manifest: Json) -> list[dict[str, Any]]:
 
 
 def model_rows(profile: Json) -> list[dict[str, Any]]:
-    """What was measured of fp32 and int8: `label`, `fp32`, `int8` and `change` as texts.
+    """What was measured, as texts: `label`, `baseline`, `fp32`, `int8`, and how they compare.
 
-    Rows for which neither has a value are left out.
+    `change` says how int8 compares with fp32, `change_from_baseline` how the model that ships compares with the
+    baseline. Rows for which no model has a value are left out.
     """
-    fp32, int8 = section(profile, "models", "fp32"), section(profile, "models", "int8")
+    changes = {
+        "change": ("fp32", "int8", "int8_speedup"),
+        "change_from_baseline": ("baseline", shipped_model(profile), "end_to_end_speedup"),
+    }
     rows = []
     for label, keys, less, more in _MODEL_ROWS:
-        before, after = (section(model, *keys[:-1]).get(keys[-1]) for model in (fp32, int8))
-        if before is None and after is None:
+        values = {name: section(profile, "models", name, *keys[:-1]).get(keys[-1]) for name in _MODELS}
+        if all(value is None for value in values.values()):
             continue
-        name = "_".join(keys)
-        change = change_text(before, after, less=less, more=more)
-        interval = section(profile, "int8_speedup")
-        if keys == ("latency_ms", "p50") and number(interval.get("ratio")) is not None:
-            change = change_text(interval["ratio"], 1, less=less, more=more)  # paired, so closer than two medians
-        rows.append(
-            {"label": label, "fp32": quantity_text(before, name), "int8": quantity_text(after, name), "change": change}
-        )
+        row = {"label": label} | {name: quantity_text(value, "_".join(keys)) for name, value in values.items()}
+        for key, (before, after, speedup) in changes.items():
+            row[key] = change_text(values[before], values[after], less=less, more=more)
+            ratio = number(section(profile, speedup).get("ratio"))
+            if keys == ("latency_ms", "p50") and ratio is not None:  # paired, so closer than two medians
+                low, high = _interval(section(profile, speedup).get("ci95")) or (ratio, ratio)
+                straddles = low < 1 < high
+                row[key] = "unclear" if straddles else change_text(ratio, 1, less=less, more=more)
+        rows.append(row)
     return rows
 
 
+def shipped_model(profile: Json) -> Literal["fp32", "int8"]:
+    """The model that ships: int8 where there is one."""
+    return "int8" if section(profile, "models", "int8") else "fp32"
+
+
+def model_columns(profile: Json) -> list[tuple[str, str]]:
+    """The columns of the models table, as keys of `model_rows` with their titles."""
+    if not section(profile, "models", "baseline"):
+        return [("fp32", "fp32"), ("int8", "int8"), ("change", "int8 is")]
+    shipped = shipped_model(profile)
+    columns = [(name, name) for name in ("baseline", "fp32", "int8") if section(profile, "models", name)]
+    columns.append(("change_from_baseline", f"{shipped} against baseline"))
+    return [*columns, ("change", "int8 against fp32")] if shipped == "int8" else columns
+
+
 def speed_sentence(profile: Json) -> str | None:
-    """How int8's speed compares with fp32's, in the right word for the interval; None when it was not measured."""
-    speedup = section(profile, "int8_speedup")
+    """The speed of what ships against the baseline, and of int8 against the same network in fp32.
+
+    Each in the right word for its interval; None when neither was measured.
+    """
+    clauses = (
+        _speed_clause(shipped_model(profile), "the baseline", section(profile, "end_to_end_speedup")),
+        _speed_clause("int8", "the same network in fp32", section(profile, "int8_speedup")),
+    )
+    said = "; ".join(clause for clause in clauses if clause)
+    return f"On {printable(profile.get('target', 'this target'))}, {said}." if said else None
+
+
+def _speed_clause(name: str, other: str, speedup: Json) -> str | None:
     ratio = number(speedup.get("ratio"))
     if ratio is None or ratio <= 0:
         return None
     low, high = _interval(speedup.get("ci95")) or (ratio, ratio)
-    said = number_text(ratio)
-    where = printable(profile.get("target", "this target"))
 
     def interval(first: float, second: float) -> str:
         return f"95 % interval {number_text(first)} to {number_text(second)}" if first != second else "no interval"
 
     if low > 1:
-        return f"On {where}, int8 runs {said} times faster than the same network in fp32 ({interval(low, high)})."
+        return f"{name} runs {number_text(ratio)} times faster than {other} ({interval(low, high)})"
     if high < 1:
-        return (
-            f"On {where}, int8 is slower than fp32: it takes {number_text(1 / ratio)} times as long "
-            f"({interval(1 / high, 1 / low)})."
-        )
-    return f"On {where}, no difference in speed between int8 and fp32 was found: ratio {said} ({interval(low, high)})."
+        times = f"{number_text(1 / ratio)} times as long ({interval(1 / high, 1 / low)})"
+        return f"{name} is slower than {other}: it takes {times}"
+    return (
+        f"no difference in speed between {name} and {other} was found: ratio {number_text(ratio)} "
+        f"({interval(low, high)})"
+    )
 
 
 def _interval(value: object) -> tuple[float, float] | None:
@@ -387,10 +418,13 @@ def stages_table(manifest: Json) -> Table:
 
 
 def models_table(profile: Json) -> Table:
-    """fp32 and int8 side by side as measured on the target, and how int8 differs."""
+    """The models side by side as measured on the target, and how they differ."""
     target = printable(profile.get("target", "this target"), limit=40)
-    columns = [("", False), ("fp32", True), ("int8", True), ("int8 is", True)]
-    table = _table(f"Measured on {target}", columns)
+    columns = model_columns(profile)
+    crowded = len(columns) > 3  # two words on two lines and a short "times" keep five columns within 80 characters
+    headers = [title.replace(" against ", " against\n") for _, title in columns]
+    table = _table(f"Measured on {target}", [("", False), *((header, True) for header in headers)])
     for row in model_rows(profile):
-        table.add_row(*(Text(row[key]) for key in ("label", "fp32", "int8", "change")))
+        cells = [row[key].replace(" times ", "x ") if crowded else row[key] for key, _ in columns]
+        table.add_row(Text(row["label"]), *(Text(cell) for cell in cells))
     return table

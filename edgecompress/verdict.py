@@ -12,8 +12,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from edgecompress.profiling import NOISY_FRACTION
 from edgecompress.target import Target
 
+_SAME_ACCURACY = 5e-5  # a drop that two decimals of a point would show as 0.00
 Json = dict[str, Any]
 
 
@@ -32,6 +34,7 @@ class _Findings:
     doubts: list[str] = field(default_factory=list)
     remarks: list[str] = field(default_factory=list)
     met: list[str] = field(default_factory=list)
+    cautions: list[str] = field(default_factory=list)
 
 
 def decide(profile: Json, *, target: Target, gates_missed: Sequence[str], accuracy_drop: float | None) -> Verdict:
@@ -39,14 +42,15 @@ def decide(profile: Json, *, target: Target, gates_missed: Sequence[str], accura
 
     `gates_missed` are sentences about missed parity or accuracy gates; `accuracy_drop` is a fraction against
     the recipe's first model, None where it was not measured. The model judged is int8 where there is one.
-    Reasons come in order of weight: an int8 model that is slower than fp32 first, then what was missed, what
-    is in doubt, and what holds.
+    Reasons come in order of weight: a model that is no faster than what it replaces first, then what was missed, what
+    is in doubt, what holds, and last that the machine was busy, which is in the intervals and decides nothing.
     """
     findings = _Findings()
+    name = "int8" if "int8" in profile["models"] else "fp32"
+    _remark_on_the_way_from_the_baseline(name, profile, findings)
     _judge_speedup(profile, target, findings)
     findings.missed += gates_missed
     _judge_accuracy(target, accuracy_drop, findings)
-    name = "int8" if "int8" in profile["models"] else "fp32"
     model = profile["models"][name]
     _judge_size(name, model, target, findings)
     if profile["measured"]:
@@ -54,12 +58,13 @@ def decide(profile: Json, *, target: Target, gates_missed: Sequence[str], accura
     else:
         why = "; ".join(profile["not_measured_because"]) or "the target is not at hand"
         findings.doubts.append(f"Latency, load time and memory were not measured: {why}.")
+    _caution_about_noise(profile, findings)
     verdict: Literal["ship", "hold", "inconclusive"] = "ship"
     if findings.missed:
         verdict = "hold"
     elif findings.doubts:
         verdict = "inconclusive"
-    reasons = [*findings.remarks, *findings.missed, *findings.doubts, *findings.met]
+    reasons = [*findings.remarks, *findings.missed, *findings.doubts, *findings.met, *findings.cautions]
     return Verdict(verdict, reasons, list(findings.missed))
 
 
@@ -83,6 +88,39 @@ def _judge_speedup(profile: Json, target: Target, findings: _Findings) -> None:
         findings.met.append(f"Int8 is faster than fp32: {measured}{asks}.")
 
 
+def _remark_on_the_way_from_the_baseline(name: str, profile: Json, findings: _Findings) -> None:
+    """How much faster than the first model: no budget asks for it, but everybody does."""
+    speedup = profile.get("end_to_end_speedup") or {}
+    if speedup.get("ratio") is None:
+        return
+    low, high = speedup["ci95"]
+    measured = f"the baseline takes {speedup['ratio']:.2f} times as long (95 % interval {low:.2f} to {high:.2f})"
+    subject = name.capitalize()
+    if low > 1:
+        findings.met.append(f"{subject} is faster than the baseline: {measured}.")
+    elif high < 1:
+        findings.remarks.append(f"{subject} is slower than the baseline: {measured}.")
+    else:
+        findings.remarks.append(f"{subject} was not found to be faster than the baseline: {measured}.")
+
+
+def _caution_about_noise(profile: Json, findings: _Findings) -> None:
+    noise = profile.get("noise")
+    if not noise:
+        return
+    causes = []
+    if noise["reference_spread"] > NOISY_FRACTION:
+        causes.append(f"a fixed loop varied by {100 * noise['reference_spread']:.0f} %")
+    unsteady = noise["processes"] - noise["steady_processes"]
+    if unsteady:
+        causes.append(f"{unsteady} of {noise['processes']} processes were not steady after their warm-up")
+    if causes:
+        where = "on a busy machine" if noise["reference_spread"] > NOISY_FRACTION else "at an unsteady speed"
+        findings.cautions.append(
+            f"Measured {where}: {' and '.join(causes)}; the intervals include it. Measure again when idle."
+        )
+
+
 def _slower(ratio: float, high: float) -> str:
     if high < 1:
         return "slower than fp32"
@@ -99,6 +137,7 @@ def _judge_accuracy(target: Target, drop: float | None, findings: _Findings) -> 
         findings.missed.append(f"Accuracy drops by {_points(drop)}; the target allows {_points(budget)}.")
     else:
         change = f"drops by {_points(drop)}" if drop > 0 else f"rises by {_points(-drop)}"
+        change = "stays the same" if abs(drop) < _SAME_ACCURACY else change
         findings.met.append(f"Accuracy {change}; the target allows a drop of {_points(budget)}.")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import sys
@@ -72,6 +73,31 @@ def test_measuring_goes_on_until_the_interval_is_narrow(tmp_path: Path, monkeypa
     hurried = measure_latency(models, threads=1, providers=CPU, input_npy=None, seconds=1e-6)
     assert hurried.processes == 5
     assert "time allowed" in hurried.stopped_because
+
+
+def test_three_models_take_turns_and_every_pair_must_be_narrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Invented answers: `b` and `c` waver against each other, and `a` between them hides a half of it."""
+    model = residual_net(tmp_path / "net.onnx")
+    asked: list[list[str]] = []
+
+    def answer(request, **_):  # type: ignore[no-untyped-def]
+        sway = 1.011 ** (-1) ** len(asked)
+        asked.append(request["order"])
+        windows = {"a": [[1.0] * 3] * 4, "b": [[sway] * 3] * 4, "c": [[1 / sway] * 3] * 4}
+        return {"windows_ms": windows, "reference_ms": [1.0] * 4, "steady": True}
+
+    monkeypatch.setattr(measuring, "_ask_worker", answer)
+    models = {"a": model, "b": model, "c": model}
+    measured = measure_latency(models, threads=1, providers=CPU, input_npy=None, seconds=60)
+    assert {tuple(order) for order in asked[:6]} == set(itertools.permutations("abc"))
+    widths = {pair: measured.ratio(*pair).relative_half_width for pair in itertools.combinations("abc", 2)}
+    assert widths["b", "c"] > 1.9 * widths["a", "b"]
+    assert max(widths.values()) < measuring.NARROW_ENOUGH
+    before = measuring.LatencyMeasurement(
+        {name: processes[:-1] for name, processes in measured.windows_ms.items()}, [], 0, 0.0, ""
+    )
+    assert before.ratio("a", "b").relative_half_width < measuring.NARROW_ENOUGH  # one pair alone would have stopped it
+    assert measured.processes > measuring.MIN_PROCESSES
 
 
 def test_fresh_process_does_not_count_the_parents_memory(tmp_path: Path) -> None:

@@ -7,11 +7,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from onnx_models import quantized, residual_net, residual_net_macs
 
 from edgecompress import machine, profiling
 from edgecompress.errors import ProfileError
+from edgecompress.measuring import FreshMeasurement, LatencyMeasurement
 from edgecompress.profiling import profile_models
 from edgecompress.target import Target
 
@@ -51,10 +53,47 @@ def test_profile_of_the_machine_at_hand_is_complete(models: dict[str, Path]) -> 
     assert low <= document["int8_speedup"]["ratio"] <= high
     ratio = document["models"]["fp32"]["latency_ms"]["p50"] / document["models"]["int8"]["latency_ms"]["p50"]
     assert document["int8_speedup"]["ratio"] == pytest.approx(ratio, rel=0.5)
+    assert document["end_to_end_speedup"] == {"ratio": None, "ci95": None}  # there is no baseline
     assert document["int8_mac_coverage"] == 1.0
     assert document["method"]["processes"] >= 5
     assert document["noise"]["reference_ms"] > 0
     assert "verdict" not in document
+
+
+@pytest.mark.skipif(machine.architecture() not in ("x86_64", "aarch64"), reason="no target has this architecture")
+def test_the_baseline_runs_beside_the_others(models: dict[str, Path], tmp_path: Path) -> None:
+    baseline = residual_net(tmp_path / "baseline.onnx", 96, 32)
+    document = profile_models({**models, "baseline": baseline}, target=here(), input_npy=None, seconds=0.2)
+    assert list(document["models"]) == ["baseline", "fp32", "int8"]
+    assert set(document["models"]["baseline"]) == set(document["models"]["fp32"])
+    assert document["models"]["baseline"]["macs"] == sum(residual_net_macs(96, 32).values())
+    assert document["models"]["baseline"]["load_ms"] > 0
+    low, high = document["end_to_end_speedup"]["ci95"]
+    assert low <= document["end_to_end_speedup"]["ratio"] <= high
+    assert document["end_to_end_speedup"]["ratio"] > 1.5  # it has about 36 times the MACs
+    assert document["end_to_end_speedup"]["ratio"] > document["int8_speedup"]["ratio"]
+
+
+@pytest.mark.skipif(machine.architecture() not in ("x86_64", "aarch64"), reason="no target has this architecture")
+@pytest.mark.parametrize(("shipped", "end_to_end", "int8"), [("int8", 6.0, 2.0), ("fp32", 3.0, None)])
+def test_the_baseline_is_compared_with_what_ships(
+    models: dict[str, Path], monkeypatch: pytest.MonkeyPatch, shipped: str, end_to_end: float, int8: float | None
+) -> None:
+    """Invented latencies of 6, 2 and 1 ms, so that each ratio is known."""
+
+    def latency(paths: dict[str, Path], **_: object) -> LatencyMeasurement:
+        of = {"baseline": 6.0, "fp32": 2.0, "int8": 1.0}
+        windows = {name: [[np.full(3, of[name])] * 4] * 5 for name in paths}
+        return LatencyMeasurement(windows, [np.ones(4)] * 5, 5, 1.0, "narrow enough")
+
+    fresh = FreshMeasurement(9.0, (8.0, 10.0), 1.0, (1.0, 1.0), None, None, None, 3)
+    monkeypatch.setattr(profiling, "measure_latency", latency)
+    monkeypatch.setattr(profiling, "measure_fresh", lambda *_, **__: fresh)
+    given = {name: path for name, path in models.items() if shipped == "int8" or name == "fp32"}
+    document = profile_models({**given, "baseline": models["fp32"]}, target=here(), input_npy=None)
+    assert document["end_to_end_speedup"]["ratio"] == pytest.approx(end_to_end)
+    assert document["end_to_end_speedup"]["ci95"] == pytest.approx([end_to_end, end_to_end])
+    assert document["int8_speedup"]["ratio"] == (None if int8 is None else pytest.approx(int8))
 
 
 def test_target_that_is_not_at_hand_gets_no_invented_numbers(
@@ -66,8 +105,10 @@ def test_target_that_is_not_at_hand_gets_no_invented_numbers(
     monkeypatch.setattr(profiling, "measure_latency", never)
     monkeypatch.setattr(profiling, "measure_fresh", never)
     board = here(device_model="A board that nobody has")
-    document = profile_models(models, target=board, input_npy=None)
+    document = profile_models({**models, "baseline": models["fp32"]}, target=board, input_npy=None)
     assert document["measured"] is False
+    assert list(document["models"]) == ["baseline", "fp32", "int8"]
+    assert document["end_to_end_speedup"] == {"ratio": None, "ci95": None}
     assert "A board that nobody has" in document["not_measured_because"][0]
     assert document["device"]["machine"] is None
     for model in document["models"].values():

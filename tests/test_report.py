@@ -218,6 +218,13 @@ PROFILE: dict[str, Any] = {
 }
 
 
+BASELINE_PROFILE: dict[str, Any] = {
+    **PROFILE,
+    "models": {"baseline": _model(0.461, 1_102_340, {"Conv": 21, "Add": 9, "Gemm": 1}), **PROFILE["models"]},
+    "end_to_end_speedup": {"ratio": 5.83, "ci95": [5.71, 5.96]},
+}
+
+
 def make_run(
     path: Path,
     *,
@@ -416,6 +423,33 @@ def test_a_target_out_of_reach_is_not_measured_and_never_ships(tmp_path: Path) -
     assert decision["reasons"] == ["this machine is x86_64"]
 
 
+def test_the_way_from_the_baseline_stands_on_both_pages(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", profile=BASELINE_PROFILE)
+    gain = report_document(run, "x86")["gain"]
+    assert [row["label"] for row in gain["latency_figure"]["rows"]] == ["baseline", "fp32", "int8"]
+    changes = {change["what"]: change for change in gain["changes"]}
+    assert changes["Latency"]["text"] == "5.83 times faster"
+    assert (changes["Latency"]["before"], changes["Latency"]["after"]) == ("0.461 ms", "0.0790 ms")
+    assert changes["int8 against fp32"]["text"] == "1.87 times faster"
+    page, markdown = _render(run)
+    for text in (page.text, markdown):
+        assert "int8 runs 5.83 times faster than the baseline (95 % interval 5.71 to 5.96)" in text
+        assert "1.87 times faster than the same network in fp32 (95 % interval 1.81 to 1.93)" in text
+    assert "| On x86 | baseline | fp32 | int8 | int8 against baseline | int8 against fp32 |" in markdown
+    row = "| Latency, median | 0.461 ms | 0.148 ms | 0.0790 ms | 5.83 times faster | 1.87 times faster |"
+    assert row in markdown.splitlines()
+
+
+def test_without_a_baseline_the_models_are_two(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    gain = report_document(run, "x86")["gain"]
+    assert [row["label"] for row in gain["latency_figure"]["rows"]] == ["fp32", "int8"]
+    assert "Latency" not in {change["what"] for change in gain["changes"]}
+    _, markdown = _render(run)
+    assert "| On x86 | fp32 | int8 | int8 is |\n|---|--:|--:|--:|\n| Latency, median | 0.148 ms" in markdown
+    assert "than the baseline" not in markdown
+
+
 def test_missing_files_are_named_with_the_command_that_makes_them(tmp_path: Path) -> None:
     run = make_run(tmp_path / "a run", parity=None, profile=None)
     page, markdown = _render(run)
@@ -452,8 +486,8 @@ def _places(document: Any, here: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
 
 @pytest.mark.parametrize("file", ["manifest", "parity", "profile"])
 def test_any_key_may_be_missing(tmp_path: Path, file: str) -> None:
-    files = {"manifest": MANIFEST, "parity": PARITY, "profile": PROFILE}
-    run = make_run(tmp_path / "run")
+    files = {"manifest": MANIFEST, "parity": PARITY, "profile": BASELINE_PROFILE}
+    run = make_run(tmp_path / "run", profile=BASELINE_PROFILE)
     paths = {"manifest": run.manifest_path, "parity": run.export / "parity.json", "profile": run.profile_path("x86")}
     for place in _places(files[file]):
         if place == ("schema_version",):
@@ -532,11 +566,16 @@ def _hostile_run(path: Path) -> RunDirectory:
     profile["models"]["int8"]["float_islands"] = [{"op_type": evil, "names": [evil], evil: evil}]
     profile["budgets"] = [{"budget": evil, "limit": evil, "value": evil, "status": evil}]
     run = make_run(path)
-    # json.dumps with ASCII only, since a lone surrogate cannot be written as UTF-8
-    run.manifest_path.write_text(json.dumps(manifest), encoding="ascii")
-    (run.export / "parity.json").write_text(json.dumps(parity), encoding="ascii")
-    run.profile_path("x86").write_text(json.dumps(profile), encoding="ascii")
+    write_json(run.manifest_path, manifest)
+    write_json(run.export / "parity.json", parity)
+    write_json(run.profile_path("x86"), profile)
     return run
+
+
+def test_broken_characters_are_written_and_read_back(tmp_path: Path) -> None:
+    document = {"key \udcff": "caf\u00e9 \ud800", "list": ["\udc80\n"], "backslash": "\\ud800"}
+    write_json(tmp_path / "file.json", document)
+    assert json.loads((tmp_path / "file.json").read_bytes()) == document
 
 
 def test_hostile_names_are_inert(tmp_path: Path) -> None:

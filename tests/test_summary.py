@@ -66,6 +66,22 @@ PROFILE: dict[str, Any] = {
 }
 
 
+def _with_baseline(*, int8: bool = True) -> dict[str, Any]:
+    baseline = {
+        "latency_ms": {"p50": 0.461, "p90": 0.487},
+        "throughput_per_s": 2169.0,
+        "size_bytes": 1_102_340,
+        "size_bytes_compressed": 1_012_000,
+        "peak_rss_bytes": 68_300_000,
+        "load_ms": 14.4,
+        "first_inference_ms": 1.61,
+    }
+    models = {"baseline": baseline, **PROFILE["models"]}
+    if not int8:
+        del models["int8"]
+    return {**PROFILE, "models": models, "end_to_end_speedup": {"ratio": 5.83, "ci95": [5.71, 5.96]}}
+
+
 def _printed(table: Table, width: int = 100) -> list[str]:
     stream = io.StringIO()
     Console(file=stream, width=width, color_system=None).print(table)
@@ -220,6 +236,43 @@ def test_models_table_fits_and_names_the_change() -> None:
     assert "1.32 times slower" in rows["Load time"]
     assert "1.87 times more" in rows["Throughput"]
     assert "Peak memory" not in rows  # nobody measured it
+
+
+def test_models_table_leads_with_the_baseline_where_there_is_one() -> None:
+    lines = _printed(summary.models_table(_with_baseline()))
+    assert max(map(len, lines)) <= 100
+    rows = {line.split("  ")[0].strip(): line.split() for line in lines}
+    expected = ["0.461", "ms", "0.148", "ms", "0.0790", "ms", "5.83x", "faster", "1.87x", "faster"]
+    assert rows["Latency, median"][2:] == expected
+    narrow = _printed(summary.models_table(_with_baseline()), width=80)
+    assert max(map(len, narrow)) <= 80
+    for cells in ("0.461 ms", "0.0790 ms", "5.83x faster", "1.87x faster"):
+        assert any(cells in line for line in narrow), cells
+
+
+def test_a_ratio_whose_interval_straddles_one_is_not_called_faster() -> None:
+    profile = _with_baseline() | {"int8_speedup": {"ratio": 1.05, "ci95": [0.98, 1.11]}}
+    median = next(row for row in summary.model_rows(profile) if row["label"] == "Latency, median")
+    assert (median["change"], median["change_from_baseline"]) == ("unclear", "5.83 times faster")
+
+
+def test_models_table_without_int8_compares_fp32_with_the_baseline() -> None:
+    profile = _with_baseline(int8=False)
+    assert [key for key, _ in summary.model_columns(profile)] == ["baseline", "fp32", "change_from_baseline"]
+    lines = _printed(summary.models_table(profile), width=80)
+    assert any("fp32 against" in line for line in lines)
+    assert "int8" not in "\n".join(lines)
+
+
+def test_speed_is_said_from_the_baseline_and_from_the_same_network() -> None:
+    assert summary.speed_sentence(_with_baseline()) == (
+        "On x86, int8 runs 5.83 times faster than the baseline (95 % interval 5.71 to 5.96); "
+        "int8 runs 1.87 times faster than the same network in fp32 (95 % interval 1.81 to 1.93)."
+    )
+    alone = _with_baseline(int8=False) | {"int8_speedup": {"ratio": None, "ci95": None}}
+    assert summary.speed_sentence(alone) == (
+        "On x86, fp32 runs 5.83 times faster than the baseline (95 % interval 5.71 to 5.96)."
+    )
 
 
 def test_tables_of_nothing_print() -> None:

@@ -104,6 +104,53 @@ def test_other_budgets(budgets: dict[str, float], expected: str) -> None:
     assert judge(profile(), **budgets).verdict == expected
 
 
+@pytest.mark.parametrize(
+    ("end_to_end", "place", "expected"),
+    [
+        ((3.4, 3.3, 3.5), 1, "Int8 is faster than the baseline: the baseline takes 3.40 times as long (95 % interval"),
+        ((0.8, 0.7, 0.9), 0, "Int8 is slower than the baseline: the baseline takes 0.80 times as long"),
+        ((1.0, 0.9, 1.1), 0, "Int8 was not found to be faster than the baseline: the baseline takes 1.00 times"),
+    ],
+)
+def test_the_way_from_the_baseline_is_said_and_decides_nothing(
+    end_to_end: tuple[float, float, float], place: int, expected: str
+) -> None:
+    document = profile() | {"end_to_end_speedup": {"ratio": end_to_end[0], "ci95": list(end_to_end[1:])}}
+    verdict = judge(document, gates=("Parity was missed.",))
+    assert verdict.reasons[place].startswith(expected)
+    assert verdict.missed == ["Parity was missed."]
+    assert judge(document).verdict == "ship"
+
+
+@pytest.mark.parametrize(
+    ("spread", "steady", "expected"),
+    [
+        (0.426, 9, "Measured on a busy machine: a fixed loop varied by 43 %; the intervals include it."),
+        (0.426, 4, "a fixed loop varied by 43 % and 5 of 9 processes were not steady after their warm-up"),
+        (0.01, 8, "Measured at an unsteady speed: 1 of 9 processes were not steady"),
+    ],
+)
+def test_a_busy_machine_is_said_last_and_decides_nothing(spread: float, steady: int, expected: str) -> None:
+    noise = {"reference_spread": spread, "steady_processes": steady, "processes": 9}
+    verdict = judge(profile() | {"noise": noise}, size_bytes=5_000_000)
+    assert verdict.verdict == "ship"
+    assert expected in verdict.reasons[-1]
+    assert verdict.reasons[-1].endswith("Measure again when idle.")
+    held = judge(profile() | {"noise": noise}, size_bytes=1_000_000)
+    assert (held.verdict, held.missed) == ("hold", ["The int8 file has 4.00 MB; the target allows 1.00 MB."])
+    assert expected in held.reasons[-1]
+
+
+def test_a_quiet_machine_is_not_mentioned() -> None:
+    noise = {"reference_spread": 0.01, "steady_processes": 9, "processes": 9}
+    assert judge(profile() | {"noise": noise}).reasons == judge(profile()).reasons
+
+
+def test_an_accuracy_that_stays_is_no_rise() -> None:
+    reasons = judge(profile(), drop=-1e-17, max_accuracy_drop=0.02).reasons
+    assert reasons[-1] == "Accuracy stays the same; the target allows a drop of 2.00 points."
+
+
 def test_missed_gate_holds_whatever_the_budgets() -> None:
     verdict = judge(profile(), gates=("Int8 agrees with fp32 on 90.0 % of images; the gate is 95.0 %.",))
     assert verdict.verdict == "hold"

@@ -1,0 +1,117 @@
+"""Progress and prose: all on stderr, little of it without a terminal, and warnings always."""
+
+from __future__ import annotations
+
+import os
+import pty
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from edgecompress import console
+
+
+@pytest.fixture(autouse=True)
+def own_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(console, "_settings", console._Settings())
+
+
+def work(description: str = "training dense", total: int = 5) -> None:
+    with console.progress(description, total=total) as advance:
+        for step in range(total):
+            advance()
+            advance(0, status=f"loss {step}")
+
+
+def test_a_short_piece_of_work_prints_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    work()
+    assert capsys.readouterr() == ("", "")
+
+
+def test_without_a_terminal_long_work_is_one_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(console, "_SHOW_AFTER_SECONDS", 0.0)
+    work("training [dense]")
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err == "training [dense]: done in 0.0 s loss 4\n"
+
+
+def test_work_that_fails_is_not_said_to_be_done(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(console, "_SHOW_AFTER_SECONDS", 0.0)
+
+    def fail() -> None:
+        with console.progress("training", total=2):
+            raise ValueError("no")
+
+    with pytest.raises(ValueError, match="no"):
+        fail()
+    assert capsys.readouterr().err == ""
+
+
+def test_quiet_leaves_warnings_and_errors(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(console, "_SHOW_AFTER_SECONDS", 0.0)
+    console.set_quiet(True)
+    console.note("a note")
+    work()
+    assert capsys.readouterr() == ("", "")
+    console.warn("weights are random")
+    console.error("no such file")
+    assert capsys.readouterr() == ("", "warning: weights are random\nerror: no such file\n")
+    console.set_quiet(False)
+    console.note("a note")
+    assert capsys.readouterr() == ("", "a note\n")
+
+
+@pytest.mark.parametrize("say", [console.note, console.warn, console.error], ids=lambda f: f.__name__)
+def test_text_is_printed_as_it_is(capsys: pytest.CaptureFixture[str], say: object) -> None:
+    """No markup, no emoji, no line breaks of our own: messages hold paths, keys and YAML."""
+    text = "nets.py:fire: stages[0] [red]is[/red] [a, b] :warning: \\[x] " + "long " * 60 + "end\\"
+    say(text)  # type: ignore[operator]
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.endswith(text + "\n")
+    assert err.count("\n") == 1
+
+
+def test_on_a_terminal_a_bar_is_drawn_and_notes_stand_above_it() -> None:
+    script = (
+        "from edgecompress import console\n"
+        "with console.progress('training [dense]', total=3) as advance:\n"
+        "    for step in range(3):\n"
+        "        advance(status=f'loss {step}')\n"
+        "        with console.progress('evaluating', total=1) as inner:\n"
+        "            inner()\n"
+        "        console.note(f'note {step}')\n"
+        "console.note('after')\n"
+    )
+    ours, theirs = pty.openpty()
+    environment = os.environ | {"TERM": "xterm", "COLUMNS": "120", "PYTHONPATH": str(Path(__file__).parent.parent)}
+    with subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=theirs, env=environment
+    ) as process:
+        os.close(theirs)
+        shown = b""
+        while True:
+            try:
+                block = os.read(ours, 65536)
+            except OSError:  # Linux reports the end of a terminal so
+                break
+            if not block:
+                break
+            shown += block
+        assert process.stdout is not None
+        assert process.stdout.read() == b""
+    os.close(ours)
+    assert process.returncode == 0, shown.decode()
+    text = shown.decode()
+    assert "training [dense]" in text
+    assert "3/3" in text
+    assert "loss 2" in text
+    assert [f"note {step}\r\n" in text for step in range(3)] == [True] * 3
+    assert "after" in text

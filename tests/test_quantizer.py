@@ -1,0 +1,312 @@
+"""Which operators run on integers, pattern by pattern, in the graph that ONNX Runtime really runs."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from int8_models import (
+    CLASSES,
+    PATTERNS,
+    UINT8_7,
+    Exported,
+    Residual,
+    Shared,
+    conv,
+    export,
+    exported,
+    images,
+    quantized,
+    run,
+    seeded,
+)
+from torch import Tensor, nn
+from torch.nn import functional
+
+from edgecompress.errors import ConfigurationError
+from edgecompress.integer_graph import inspect_integer_graph
+from edgecompress.machine import architecture, has_vnni
+from edgecompress.quantize import QuantizedModel
+from edgecompress.quantizer import Scheme
+
+# What each net must run, and how many float-to-integer and integer-to-float steps it may have.
+EXPECTED: dict[str, tuple[dict[str, int], int, int]] = {
+    "Residual": (
+        {"QLinearConv": 3, "QLinearAdd": 1, "QLinearAveragePool": 1, "QLinearGlobalAveragePool": 1, "QGemm": 2},
+        1,
+        0,
+    ),
+    "SqueezeExcite": (
+        {"QLinearConv": 3, "QLinearMul": 1, "QLinearSigmoid": 1, "QLinearGlobalAveragePool": 2, "QGemm": 1},
+        1,
+        0,
+    ),
+    "Fire": ({"QLinearConv": 5, "QLinearConcat": 1, "QLinearGlobalAveragePool": 1}, 1, 1),
+    "Shuffle": ({"QLinearConv": 3, "QLinearConcat": 1, "Split": 1, "QLinearGlobalAveragePool": 1, "QGemm": 1}, 1, 0),
+    "Padded": ({"QLinearConv": 2, "QLinearGlobalAveragePool": 1, "QGemm": 1}, 1, 0),
+    "Shared": ({"QLinearConv": 3, "QLinearGlobalAveragePool": 1, "QGemm": 1}, 1, 0),
+    # x + 1 is a float island: one way out of the integers and one back in; so is the relu of a tensor with two readers.
+    "Sums": ({"QLinearConv": 3, "QLinearAdd": 2, "QLinearGlobalAveragePool": 1, "QGemm": 1, "Add": 1}, 3, 2),
+    "HardSwish": ({"QLinearConv": 2, "QGemm": 1}, 3, 2),
+}
+LAYERS: dict[str, tuple[str, ...]] = {
+    "Residual": ("conv", "depthwise", "project", "hidden", "head"),
+    "SqueezeExcite": ("conv", "squeeze", "excite", "head"),
+    "Fire": ("conv", "squeeze", "left", "right", "classifier"),
+    "Shuffle": ("conv", "pointwise", "depthwise", "head"),
+    "Padded": ("conv", "depthwise", "head"),
+    "Shared": ("conv", "shared", "shared", "head"),
+    "Sums": ("first", "second", "third", "head"),
+    "HardSwish": ("first", "second", "head"),
+}
+_FLOAT_WORK = {"Conv", "Gemm", "MatMul", "Relu", "Clip", "GlobalAveragePool", "AveragePool", "Pad", "Mul", "Sigmoid"}
+
+
+@pytest.fixture(scope="module")
+def pattern(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Exported]:
+    folder, made = tmp_path_factory.mktemp("patterns"), {}
+
+    def make(name: str) -> Exported:
+        if name not in made:
+            made[name] = exported(name, folder)
+        return made[name]
+
+    return make
+
+
+@pytest.mark.parametrize("name", PATTERNS)
+def test_pattern_runs_on_integers(pattern: Callable[[str], Exported], name: str) -> None:
+    net = pattern(name)
+    operators, quantize_nodes, dequantize_nodes = EXPECTED[name]
+    counts = net.graph.op_counts
+    assert {operator: counts.get(operator, 0) for operator in operators} == operators
+    assert net.graph.quantize_nodes == quantize_nodes
+    assert net.graph.dequantize_nodes == dequantize_nodes
+    assert net.graph.int8_mac_coverage == 1.0
+    assert net.model.quantized_layers == LAYERS[name]
+    assert net.model.float_layers == ()
+    if name not in ("Sums", "HardSwish"):
+        assert net.graph.float_islands == []
+        assert not _FLOAT_WORK & counts.keys()
+
+
+@pytest.mark.parametrize("name", PATTERNS)
+def test_runtime_gives_what_the_simulation_gives(pattern: Callable[[str], Exported], name: str) -> None:
+    net, inputs = pattern(name), images(24, seed=5)
+    with torch.no_grad():
+        wanted = net.module(inputs).numpy()
+        simulated = net.model.simulation()(inputs)
+        assert torch.equal(simulated, net.model.graph(inputs))
+    got = run(net.path, inputs)
+    # One step is what an 8-bit logit would resolve. A tie that falls the other way may move a value, most move none.
+    step = float(np.ptp(simulated.numpy())) / 255
+    difference = np.abs(got - simulated.numpy())
+    assert difference.max() <= 3 * step
+    assert np.median(difference) <= 0.25 * step
+    assert difference.max() < np.abs(simulated.numpy() - wanted).max()
+    assert np.abs(simulated.numpy() - wanted).mean() < 0.05 * wanted.std()
+
+
+def test_mean_as_pool_and_pads_were_rewritten(pattern: Callable[[str], Exported]) -> None:
+    assert pattern("Padded").rewrites == {"pad_into_conv": 2, "mean_as_global_pool": 1}
+    assert pattern("SqueezeExcite").rewrites == {"pad_into_conv": 0, "mean_as_global_pool": 2}
+
+
+def test_hard_swish_islands_are_float_and_hold_no_macs(pattern: Callable[[str], Exported]) -> None:
+    islands = pattern("HardSwish").graph.float_islands
+    assert len(islands) == 2
+    assert all(island["macs_share"] == 0.0 for island in islands)
+    assert all({"HardSigmoid", "Mul"} & island["op_types"].keys() for island in islands)
+
+
+def test_relu6_range_is_clamped_without_a_clip(tmp_path: Path) -> None:
+    layers = (conv(3, 8), nn.ReLU6(), conv(8, 8), nn.ReLU6(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    module = seeded(nn.Sequential(*layers))
+    inputs = 20 * images()  # far above 6
+    model = quantized(module, samples=inputs)
+    export(model.graph, tmp_path / "net.onnx")
+    graph = inspect_integer_graph(tmp_path / "net.onnx")
+    assert graph.op_counts["QLinearConv"] == 2
+    assert (graph.quantize_nodes, graph.dequantize_nodes) == (1, 1)
+    assert "Clip" not in graph.op_counts
+    with torch.no_grad():
+        simulated = model.simulation()(inputs).numpy()
+    got = run(tmp_path / "net.onnx", inputs)
+    quantize = torch.ops.quantized_decomposed.quantize_per_tensor.default
+    scales = [float(node.args[1]) for node in model.graph.graph.nodes if node.target is quantize]
+    assert scales[1:3] == pytest.approx([6 / 255, 6 / 255])
+    assert np.abs(got - simulated).max() <= 3 * 6 / 255
+
+
+def test_symmetric_activations_of_arm(tmp_path: Path) -> None:
+    module, inputs = seeded(Residual()), images(24, seed=5)
+    model = quantized(module, scheme=Scheme("int8", 8))
+    export(model.graph, tmp_path / "net.onnx")
+    # x86 turns int8 activations into uint8 first, and misses some; this asks for the graph that Arm runs.
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    options.log_severity_level = 3
+    options.add_session_config_entry("session.qdqisint8allowed", "1")
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "net.onnx", options, providers=["CPUExecutionProvider"])
+    counts = Counter(node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node)
+    operators, quantize_nodes, dequantize_nodes = EXPECTED["Residual"]
+    assert {operator: counts[operator] for operator in operators} == operators
+    assert (counts["QuantizeLinear"], counts["DequantizeLinear"]) == (quantize_nodes, dequantize_nodes)
+    with torch.no_grad():
+        wanted, simulated = module(inputs).numpy(), model.simulation()(inputs).numpy()
+    assert np.abs(simulated - wanted).mean() < 0.05 * wanted.std()
+    (got,) = session.run(None, {"input": inputs.numpy()})
+    # 8-bit weights: exact on Arm; on x86 kernels for int8 activations may saturate, which random weights hardly do.
+    assert np.abs(got - simulated).max() <= 3 * np.ptp(simulated) / 255
+
+
+def int8_weights(model: QuantizedModel) -> int:
+    dequantize = torch.ops.quantized_decomposed.dequantize_per_channel.default
+    return sum(node.target is dequantize and node.args[6] is torch.int8 for node in model.graph.graph.nodes)
+
+
+@pytest.mark.parametrize(
+    ("exclude", "kept"),
+    [
+        (("project",), ["project"]),
+        (("*d*",), ["depthwise", "hidden", "head"]),
+        (("conv", "head"), ["conv", "head"]),
+    ],
+)
+def test_excluded_layers_stay_float_and_are_named(exclude: tuple[str, ...], kept: list[str]) -> None:
+    module = seeded(Residual())
+    model = quantized(module, exclude=exclude)
+    assert list(model.float_layers) == kept
+    assert set(model.quantized_layers) == set(LAYERS["Residual"]) - set(kept)
+    assert int8_weights(model) == 5 - len(kept)
+    with torch.no_grad():
+        error = model.simulation()(images(8)) - module(images(8))
+    assert float(error.abs().mean()) < 0.05
+
+
+def test_glob_without_a_match_names_the_nearest_layer() -> None:
+    with pytest.raises(ConfigurationError, match=r"'depthwize' matches no layer.*'depthwise'"):
+        quantized(seeded(Residual()), exclude=("conv", "depthwize"))
+
+
+def test_nested_module_names_are_those_of_named_modules() -> None:
+    module = seeded(nn.Sequential(Residual(), nn.Sequential(nn.Linear(CLASSES, 4))))
+    model = quantized(module)
+    names = dict(module.named_modules())
+    assert model.quantized_layers == ("0.conv", "0.depthwise", "0.project", "0.hidden", "0.head", "1.0")
+    assert all(name in names for name in model.quantized_layers)
+
+
+def test_a_layer_that_runs_twice_has_one_bias_scale_for_each_input(pattern: Callable[[str], Exported]) -> None:
+    graph = pattern("Shared").model.graph
+    convolutions = [node for node in graph.graph.nodes if node.target is torch.ops.aten.conv2d.default]
+    scales = []
+    for node in convolutions[1:]:
+        activation = node.args[0].args[1]
+        weight, bias = (getattr(graph, node.args[position].args[1].target) for position in (1, 2))
+        assert torch.allclose(bias, activation * weight, rtol=1e-6)
+        scales.append(bias)
+    assert not torch.equal(*scales)
+
+
+def test_shared_weights_survive_the_fold_of_their_two_batch_norms() -> None:
+    module = seeded(Shared(), seed=3)
+    model = quantized(module, scheme=Scheme("uint8", 8))
+    with torch.no_grad():
+        wanted, got = module(images(16)), model.simulation()(images(16))
+    assert float((wanted - got).abs().max()) < 0.05 * float(wanted.abs().max())
+
+
+class InPlace(nn.Module):
+    """In-place operators on tensors that others read before and after."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.head = conv(3, 8), conv(8, 8), nn.Linear(8, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x)
+        before = functional.avg_pool2d(y, 2)
+        functional.relu_(y)
+        z = self.second(y)
+        z += y
+        functional.relu6(z, inplace=True)
+        return self.head(z.mean((2, 3)) + before.mean((2, 3)))
+
+
+def test_in_place_operators_change_nothing_that_is_read_elsewhere() -> None:
+    module = seeded(InPlace())
+    model = quantized(module)
+    assert model.quantized_layers == ("first", "second", "head")
+    with torch.no_grad():
+        wanted, got = module(images(16)), model.simulation()(images(16))
+        assert torch.equal(got, model.graph(images(16)))
+    assert float((wanted - got).abs().max()) < 0.05 * float(wanted.abs().max())
+
+
+# --- Saturation: what decides between 7 and 8 bits for weights.
+
+
+def multiply_add_pairs(unsigned: np.ndarray, signed: np.ndarray) -> np.ndarray:
+    """VPMADDUBSW: sums of two neighbouring products uint8 x int8, saturated to int16."""
+    products = unsigned.astype(np.int32) * signed.astype(np.int32)
+    return np.clip(products.reshape(*products.shape[:-1], -1, 2).sum(-1), -32768, 32767)
+
+
+def test_seven_bit_weights_never_saturate_sixteen_bits_and_eight_bit_ones_do() -> None:
+    limits = {bits: Scheme("uint8", bits).weight_limit for bits in (7, 8)}
+    assert limits == {7: 63, 8: 127}
+    values = np.array([0, 1, 127, 128, 254, 255], dtype=np.uint8)
+    unsigned = np.stack(np.meshgrid(values, values), -1).reshape(-1, 1, 2)
+    saturated = {}
+    for bits, limit in limits.items():
+        weights = np.arange(-limit, limit + 1, dtype=np.int8)
+        signed = np.stack(np.meshgrid(weights, weights), -1).reshape(1, -1, 2)
+        exact = (unsigned.astype(np.int32) * signed.astype(np.int32)).sum(-1)
+        got = multiply_add_pairs(np.broadcast_to(unsigned, (len(unsigned), signed.shape[1], 2)), signed)[..., 0]
+        saturated[bits] = int((got != exact).sum())
+    assert saturated[7] == 0
+    assert saturated[8] > 0
+    worst = multiply_add_pairs(np.array([255, 255], np.uint8), np.array([127, 127], np.int8))
+    assert worst.tolist() == [32767]
+    assert 2 * 255 * 127 == 64770
+
+
+class Brightest(nn.Module):
+    """One layer whose every product is the largest there is."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(width, 8, 1, bias=False)
+        nn.init.constant_(self.conv.weight, 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x).mean((2, 3))
+
+
+@pytest.mark.parametrize("bits", [7, 8])
+def test_worst_case_saturates_where_the_kernels_do(tmp_path: Path, bits: int) -> None:
+    width = 256
+    inputs = torch.ones(4, width, 4, 4)
+    model = quantized(Brightest(width), scheme=Scheme("uint8", bits), samples=inputs)
+    export(model.graph, tmp_path / "net.onnx", example=inputs[:2])
+    assert inspect_integer_graph(tmp_path / "net.onnx").op_counts["QLinearConv"] == 1
+    with torch.no_grad():
+        simulated = model.simulation()(inputs).numpy()
+    assert simulated == pytest.approx(0.5 * width, rel=0.01)
+    got = run(tmp_path / "net.onnx", inputs)
+    if bits == 8 and architecture() == "x86_64" and not has_vnni():
+        limit = UINT8_7.weight_limit * 2 + 1
+        pairs = multiply_add_pairs(np.full(width, 255, np.uint8), np.full(width, limit, np.int8))
+        share = pairs.sum() / (width * 255 * limit)
+        assert share < 0.51  # half of the sum is lost, in silence
+        assert got == pytest.approx(simulated * share, rel=0.01)
+    else:
+        assert got == pytest.approx(simulated, rel=0.005)
