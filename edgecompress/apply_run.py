@@ -91,6 +91,7 @@ def apply_recipe(recipe: Recipe, run: RunDirectory, target: Target | None) -> Js
     trains = any(isinstance(stage, TrainingSettings) for stage in recipe.stages)
     splits = PreparedSplits(data, cache=trains)
     current, data = _initial_model(recipe, run, data, splits)
+    console.note(f"run directory: {run.path}")
     earlier: dict[str, Checkpoint] = {}
     for stage in (*recipe.stages, *(() if _has_quantize(recipe) else (recipe.quantize_stage,))):
         entry = _entry(run.read_manifest(), stage.id)

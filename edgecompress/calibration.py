@@ -14,7 +14,6 @@ from torch import Tensor
 from torchao.quantization.pt2e.observer import HistogramObserver, MinMaxObserver
 
 _BINS = 2048
-_COUNTED_AT_ONCE = 1 << 24  # histc counts in float32, which stops counting above
 
 
 class _NotesNonFinite:
@@ -73,8 +72,7 @@ class PercentileObserver(_NotesNonFinite, MinMaxObserver):  # type: ignore[misc]
         while float(self.limit) < largest:
             self._double()
         limit = float(self.limit)
-        for part in torch.split(flat, _COUNTED_AT_ONCE):
-            self.counts += torch.histc(part, _BINS, min=-limit, max=limit).to(torch.float64)
+        self.counts += torch.histc(flat, _BINS, min=-limit, max=limit).to(torch.float64)
         return values
 
     def _double(self) -> None:

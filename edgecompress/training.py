@@ -101,7 +101,8 @@ def fit(
     scheduler = torch.optim.lr_scheduler.LambdaLR(
         optimizer, _cosine_with_warmup(steps_per_epoch, epochs, settings.warmup_epochs)
     )
-    model, prepared_optimizer = accelerator.prepare(module.to(memory_format=torch.channels_last), optimizer)
+    memory_format = _memory_format(accelerator.mixed_precision)
+    model, prepared_optimizer = accelerator.prepare(module.to(memory_format=memory_format), optimizer)
     records: list[EpochRecord] = []
     best: dict[str, Tensor] | None = None
     best_epoch = epochs
@@ -114,7 +115,7 @@ def fit(
                 generator = torch.Generator().manual_seed(int(torch.randint(2**31, ()).item()))
                 augmented = augment(images, settings.augment, generator)
                 batch = preprocessing.normalize(augmented.to(accelerator.device))
-                batch = batch.contiguous(memory_format=torch.channels_last)
+                batch = batch.contiguous(memory_format=memory_format)
                 with accelerator.autocast():
                     logits = model(batch)
                     value = loss(batch, logits, labels.to(accelerator.device))
@@ -154,6 +155,15 @@ def fit(
         module.load_state_dict(best)
     module.to("cpu").eval()
     return FitResult(tuple(records), best_epoch, resolve_precision(precision))
+
+
+def _memory_format(mixed_precision: str) -> torch.memory_format:
+    """channels_last under mixed precision, where it doubles the speed; the plain layout in fp32.
+
+    In fp32 it gains nothing on CPUs, and torch 2.14's backward pass of a strided 1x1 convolution with 2 to 7 input
+    channels corrupts memory in it (seen with AVX2).
+    """
+    return torch.contiguous_format if mixed_precision == "no" else torch.channels_last
 
 
 def _optimizer(module: nn.Module, settings: TrainingSettings) -> torch.optim.Optimizer:

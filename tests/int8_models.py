@@ -181,8 +181,8 @@ PATTERNS: dict[str, type[nn.Module]] = {
 
 
 def stage(**settings: Any) -> QuantizeStage:
-    """A quantize stage; `method` goes to its calibration. Plain and fast unless told otherwise."""
-    calibration = {"method": settings.pop("method", "minmax")}
+    """A quantize stage; `method` and `percentile` go to its calibration. Plain and fast unless told otherwise."""
+    calibration = {"method": settings.pop("method", "minmax"), "percentile": settings.pop("percentile", 99.999)}
     return QuantizeStage(
         kind="quantize", id="int8", calibration=calibration, effort=settings.pop("effort", "fast"), **settings
     )

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from conftest import CommandLine
 
+from conftest import CommandLine
 from edgecompress.errors import DataError
 from edgecompress.recipe import Recipe, load_recipe
 from edgecompress.run_directory import RunDirectory

@@ -147,6 +147,10 @@ def test_zeros_alone_give_a_usable_scale(method: str) -> None:
 def test_zeros_first_count_with_what_follows(method: str) -> None:
     made = fed(method, [torch.zeros(1000), torch.full((1000,), 3.0), torch.full((10,), -1.0)], 100.0)
     assert_parameters(made, -1.0, 3.0, tolerance=0.01)
+    if method == "percentile":
+        assert float(made.counts.sum()) == 2010
+        clipped = fed(method, [torch.zeros(1000), torch.full((1000,), 3.0), torch.full((10,), -1.0)], 99.0)
+        assert -0.01 <= float(clipped.clipped_range()[0]) <= 0.0  # 10 of 2010 values are cut off, half a percent
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import CommandLine
 
+from conftest import CommandLine
 from edgecompress import __version__, cli
 from edgecompress.errors import DataError, TrainingError
 from edgecompress.run_directory import RunDirectory

@@ -14,7 +14,6 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from int8_models import CLASSES, PREPROCESSING, PROVENANCE, SIZE, Residual, conv, export, images, quantized, run, seeded
 from torch import Tensor, nn
 
 import edgecompress
@@ -22,6 +21,7 @@ from edgecompress.errors import ExportError
 from edgecompress.export import check_file, open_session
 from edgecompress.preprocessing import Preprocessing
 from edgecompress.target import load_target
+from int8_models import CLASSES, PREPROCESSING, PROVENANCE, SIZE, Residual, conv, export, images, quantized, run, seeded
 
 
 @dataclass(frozen=True)
@@ -224,15 +224,16 @@ def test_a_missing_file_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_file_that_the_checker_refuses_does_not_replace_an_older_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    file: File, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(path: Path) -> None:
         raise ExportError(f"{path.name}: refused")
 
     path = tmp_path / "model.onnx"
     path.write_bytes(b"the older one")
+    monkeypatch.setattr("edgecompress.export._translate", lambda *_: onnx.load(file.path))
     monkeypatch.setattr("edgecompress.export.check_file", refuse)
     with pytest.raises(ExportError, match="refused"):
-        export(nn.Sequential(nn.Flatten(), nn.Linear(3 * SIZE * SIZE, 2)).eval(), path)
+        export(file.module, path)
     assert path.read_bytes() == b"the older one"
-    assert [file.name for file in tmp_path.iterdir()] == ["model.onnx"]
+    assert [entry.name for entry in tmp_path.iterdir()] == ["model.onnx"]

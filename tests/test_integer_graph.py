@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 from onnx import helper
-from onnx_models import _constant, quantized, residual_net, residual_net_macs, save
 
 from edgecompress.errors import ProfileError
 from edgecompress.integer_graph import inspect_integer_graph
+from onnx_models import _constant, quantized, residual_net, residual_net_macs, save
 
 
 # 5 channels fill no vector, so the layout pass pads them: the padding must not count as work.

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from onnx_models import SIZE, residual_net
 
 from edgecompress import measuring
 from edgecompress.errors import ProfileError
 from edgecompress.measuring import measure_fresh, measure_latency
+from onnx_models import SIZE, residual_net
 
 CPU = ("CPUExecutionProvider",)
 

@@ -9,13 +9,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from onnx_models import quantized, residual_net, residual_net_macs
 
 from edgecompress import machine, profiling
 from edgecompress.errors import ProfileError
 from edgecompress.measuring import FreshMeasurement, LatencyMeasurement
 from edgecompress.profiling import profile_models
 from edgecompress.target import Target
+from onnx_models import quantized, residual_net, residual_net_macs
 
 TIMING = ("latency_ms", "throughput_per_s", "load_ms", "first_inference_ms", "peak_rss_bytes")
 

@@ -12,7 +12,6 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from int8_models import UINT8_7, HardSwish, Residual, Shared, conv, export, images, quantized, seeded, stage
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -21,6 +20,7 @@ from edgecompress.errors import QuantizationError, RunError
 from edgecompress.quantize import QuantizedModel, capture, load_quantized, resolve_scheme, save_quantized
 from edgecompress.quantizer import Scheme
 from edgecompress.target import Int8Scheme, load_target
+from int8_models import UINT8_7, HardSwish, Residual, Shared, conv, export, images, quantized, seeded, stage
 
 METHODS = ["minmax", "histogram", "percentile"]
 

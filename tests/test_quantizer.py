@@ -11,21 +11,6 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from int8_models import (
-    CLASSES,
-    PATTERNS,
-    UINT8_7,
-    Exported,
-    Residual,
-    Shared,
-    conv,
-    export,
-    exported,
-    images,
-    quantized,
-    run,
-    seeded,
-)
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -34,6 +19,24 @@ from edgecompress.integer_graph import inspect_integer_graph
 from edgecompress.machine import architecture, has_vnni
 from edgecompress.quantize import QuantizedModel
 from edgecompress.quantizer import Scheme
+from int8_models import (
+    CLASSES,
+    PATTERNS,
+    UINT8_7,
+    Exported,
+    Fire,
+    Padded,
+    Residual,
+    Shared,
+    Shuffle,
+    conv,
+    export,
+    exported,
+    images,
+    quantized,
+    run,
+    seeded,
+)
 
 # What each net must run, and how many float-to-integer and integer-to-float steps it may have.
 EXPECTED: dict[str, tuple[dict[str, int], int, int]] = {
@@ -125,6 +128,7 @@ def test_hard_swish_islands_are_float_and_hold_no_macs(pattern: Callable[[str], 
     assert all({"HardSigmoid", "Mul"} & island["op_types"].keys() for island in islands)
 
 
+@pytest.mark.slow
 def test_relu6_range_is_clamped_without_a_clip(tmp_path: Path) -> None:
     layers = (conv(3, 8), nn.ReLU6(), conv(8, 8), nn.ReLU6(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     module = seeded(nn.Sequential(*layers))
@@ -144,6 +148,7 @@ def test_relu6_range_is_clamped_without_a_clip(tmp_path: Path) -> None:
     assert np.abs(got - simulated).max() <= 3 * 6 / 255
 
 
+@pytest.mark.slow
 def test_symmetric_activations_of_arm(tmp_path: Path) -> None:
     module, inputs = seeded(Residual()), images(24, seed=5)
     model = quantized(module, scheme=Scheme("int8", 8))
@@ -165,6 +170,35 @@ def test_symmetric_activations_of_arm(tmp_path: Path) -> None:
     (got,) = session.run(None, {"input": inputs.numpy()})
     # 8-bit weights: exact on Arm; on x86 kernels for int8 activations may saturate, which random weights hardly do.
     assert np.abs(got - simulated).max() <= 3 * np.ptp(simulated) / 255
+
+
+@pytest.mark.parametrize(
+    ("net", "operators"),
+    [
+        (Residual, {"max_pool2d": 1, "flatten": 1, "dropout": 1}),
+        (Fire, {"max_pool2d": 1, "cat": 1, "dropout": 1, "flatten": 1}),
+        (Shuffle, {"cat": 1, "chunk": 1, "view": 1, "transpose": 1, "reshape": 1, "flatten": 1}),
+        (Padded, {"pad": 1}),
+    ],
+)
+def test_values_that_only_move_keep_their_scale(net: type[nn.Module], operators: dict[str, int]) -> None:
+    """By a low percentile: the largest value would often be the same on both sides by itself."""
+    model = quantized(seeded(net()), method="percentile", percentile=80.0)
+    quantize = torch.ops.quantized_decomposed.quantize_per_tensor.default
+    found: Counter[str] = Counter()
+    for node in model.graph.graph.nodes:
+        operator = node.name.rstrip("_0123456789")
+        if operator not in operators or node.args[0] is None:
+            continue
+        sources = node.args[0] if isinstance(node.args[0], (list, tuple)) else [node.args[0]]
+        if any(source.op == "placeholder" for source in sources):
+            continue  # the padding of the input, which is not quantized yet
+        readers = [piece for user in node.users for piece in (user.users if operator == "chunk" else [user])]
+        assert all(reader.target is quantize for reader in readers)
+        scales = {step.args[1:3] for step in [*sources, *readers]}
+        assert len(scales) == 1, node
+        found[operator] += 1
+    assert found == operators
 
 
 def int8_weights(model: QuantizedModel) -> int:

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from int8_models import UINT8_7, Residual, conv, images, quantized, seeded
 from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter, Node
 
@@ -15,6 +14,7 @@ import edgecompress.quantize
 from edgecompress.quantize import capture
 from edgecompress.quantizer import Scheme
 from edgecompress.rounding import _patches, compensate, round_compensated
+from int8_models import UINT8_7, Residual, conv, images, quantized, seeded
 
 aten = torch.ops.aten
 LIMIT = UINT8_7.weight_limit
@@ -112,6 +112,18 @@ def test_never_worse_than_nearest_and_within_the_range(name: str, bits: int) -> 
     if weight[0].numel() > 8:  # with fewer columns there is little to spread an error over
         assert got < 0.9 * plain
     assert torch.equal(integers, round_compensated(weight, scale, inputs, node, low=-limit, high=limit))
+
+
+@pytest.mark.parametrize("name", ["long_linear", "plain"])
+def test_working_in_blocks_changes_nothing(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    layer, node, inputs = layer_and_node(name)
+    weight = layer.weight.detach()
+    made = []
+    for block in (16, 64, 10_000):
+        monkeypatch.setattr("edgecompress.rounding._BLOCK", block)
+        made.append(round_compensated(weight, scales(weight), inputs, node, low=-LIMIT, high=LIMIT))
+    assert torch.equal(made[0], made[2])
+    assert torch.equal(made[1], made[2])
 
 
 @pytest.mark.parametrize("seed", range(20))

@@ -1,6 +1,6 @@
 """What a recipe costs and buys over several seeds: mean and spread of accuracy, MACs and bytes.
 
-    python benchmarks/prune_kd_seeds.py --recipe prune_kd --seeds 3 --output results
+    python benchmarks/recipe_seeds.py --recipe prune_kd --seeds 3 --output results
 
 Each seed is a run directory under --output and is kept, so a stopped benchmark goes on where it was. Accuracy is that
 of the last epoch on the test split; nothing is chosen on test.
