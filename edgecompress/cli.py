@@ -287,7 +287,7 @@ def _check_run_and_target(run: Path | None, target: str | None) -> None:
 def main() -> None:
     """Entry point of the console script."""
     # torch's threads spin while they wait for each other. On two cores with anything else running that made training
-    # ten times slower; a short spin, then sleep, costs nothing measurable on an idle machine. The user's own setting wins.
+    # ten times slower; so they spin shortly, then sleep. The user's own setting wins.
     os.environ.setdefault("GOMP_SPINCOUNT", "5000")
     app()
 
