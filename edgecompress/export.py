@@ -6,6 +6,7 @@ says what the device must know: labels, input size, mean and std, and where the 
 
 from __future__ import annotations
 
+import copy
 import json
 import warnings
 from dataclasses import dataclass
@@ -63,9 +64,10 @@ def export_onnx(
 
 
 def _translate(module: nn.Module, example: Tensor, target: Target) -> onnx.ModelProto:
-    modes = [(child, child.training) for child in module.modules()]
+    # A channels_last layout would be exported too, as gathers that move it back.
+    module = copy.deepcopy(module).to(memory_format=torch.contiguous_format)
     try:
-        for child, _ in modes:
+        for child in module.modules():
             child.training = False  # a converted graph refuses eval(), and its mode is fixed in its nodes anyway
         with warnings.catch_warnings():
             # The exporter warns about its own internals (copyreg, deprecated enums), not about the model.
@@ -92,9 +94,6 @@ def _translate(module: nn.Module, example: Tensor, target: Target) -> onnx.Model
             f"the model cannot be exported to ONNX: {lines[0]}; "
             "its forward must not depend on tensor values, and must take one image batch of any size"
         ) from error
-    finally:
-        for child, mode in modes:
-            child.training = mode
     if program is None:
         raise ExportError("torch.onnx.export returned nothing")
     model: onnx.ModelProto = program.model_proto

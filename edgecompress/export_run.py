@@ -112,7 +112,7 @@ def export_run(run: RunDirectory, target: Target, *, int8: bool, overrides: tupl
             extra_metadata={"precision": "int8", "scheme": str(scheme.to_dict())},
         )
         int8_logits = run_onnx(folder / "model.int8.onnx", split, preprocessing, indices)
-        graph = inspect_integer_graph(folder / "model.int8.onnx")
+        graph = inspect_integer_graph(folder / "model.int8.onnx", on_arm=target.architecture == "aarch64")
         parity["onnx_int8"] = compare_int8(onnx_logits, int8_logits, torch_int8_logits, labels, recipe.gates) | {
             "scheme": scheme.to_dict(),
             "op_counts": graph.op_counts,

@@ -8,7 +8,6 @@ null, `measured` is false, and what the files themselves say (size, MACs, intege
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ import numpy as np
 import onnxruntime as ort
 
 from edgecompress import console
+from edgecompress.complexity import compressed_size_bytes
 from edgecompress.errors import ProfileError
 from edgecompress.integer_graph import inspect_integer_graph
 from edgecompress.machine import describe_machine, fits, has_vnni, summarize_machine, versions
@@ -51,7 +51,7 @@ def profile_models(
             f"profile: models are named {', '.join(_MODELS)}, and fp32 must be there; got {sorted(models)}"
         )
     paths = {name: Path(models[name]) for name in _MODELS if name in models}
-    static = {name: _static(path) for name, path in paths.items()}
+    static = {name: _static(path, target) for name, path in paths.items()}
     reasons = fits(target) + _runtime_reasons(target)
     machine = describe_machine()
     document: Json = {
@@ -92,22 +92,12 @@ def profile_models(
     return document
 
 
-def _compressed_bytes(path: Path) -> int:
-    """Size after gzip: what a download costs, and where unstructured sparsity shows."""
-    compressor = zlib.compressobj(6, zlib.DEFLATED, 31)  # 31: a gzip header
-    total = 0
-    with path.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            total += len(compressor.compress(block))
-    return total + len(compressor.flush())
-
-
-def _static(path: Path) -> Json:
+def _static(path: Path, target: Target) -> Json:
     """What the file says by itself, whatever the machine."""
-    graph = inspect_integer_graph(path)
+    graph = inspect_integer_graph(path, on_arm=target.architecture == "aarch64")
     return {
         "size_bytes": path.stat().st_size,
-        "size_bytes_compressed": _compressed_bytes(path),
+        "size_bytes_compressed": compressed_size_bytes(path),
         "weights_bytes": graph.weights_bytes,
         "macs": graph.macs,
         "int8_mac_coverage": graph.int8_mac_coverage,

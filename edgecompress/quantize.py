@@ -89,7 +89,7 @@ def capture(module: nn.Module, example: Tensor) -> GraphModule:
     The copy matters: a captured graph shares its parameters with the module, and PT2E folds batch norm into
     them. `example` is a float batch [N, C, H, W] with N at least 2.
     """
-    twin = copy.deepcopy(module).eval().to("cpu").float()
+    twin = copy.deepcopy(module).eval().to("cpu").float().to(memory_format=torch.contiguous_format)
     try:
         program = torch.export.export(twin, (example,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
         captured = program.module()

@@ -3,6 +3,7 @@ from __future__ import annotations
 import gzip
 from pathlib import Path
 
+import pytest
 import torch
 from torch import nn
 
@@ -41,5 +42,4 @@ def test_sparsity_ignores_biases_and_batch_norm() -> None:
 def test_compressed_size_is_gzip(tmp_path: Path) -> None:
     path = tmp_path / "zeros.bin"
     path.write_bytes(bytes(100_000))
-    assert compressed_size_bytes(path) < 500
-    assert len(gzip.decompress(gzip.compress(path.read_bytes()))) == 100_000
+    assert compressed_size_bytes(path) == pytest.approx(len(gzip.compress(path.read_bytes(), compresslevel=6)), abs=20)

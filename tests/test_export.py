@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import edgecompress
 from edgecompress.errors import ExportError
-from edgecompress.export import check_file, open_session
+from edgecompress.export import Provenance, check_file, export_onnx, open_session
 from edgecompress.preprocessing import Preprocessing
 from edgecompress.target import load_target
 from int8_models import CLASSES, PREPROCESSING, PROVENANCE, SIZE, Residual, conv, export, images, quantized, run, seeded
@@ -237,3 +237,22 @@ def test_a_file_that_the_checker_refuses_does_not_replace_an_older_one(
         export(file.module, path)
     assert path.read_bytes() == b"the older one"
     assert [entry.name for entry in tmp_path.iterdir()] == ["model.onnx"]
+
+
+def test_a_channels_last_module_exports_the_same_operators(tmp_path: Path) -> None:
+    """Its layout must not become gathers, which no kernel fuses (seen with a pooled EfficientNet head)."""
+    net = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4)).eval()
+    operators = []
+    for name, layout in (("plain", torch.contiguous_format), ("last", torch.channels_last)):
+        export_onnx(
+            net.to(memory_format=layout),
+            torch.zeros(2, 1, 8, 8),
+            tmp_path / f"{name}.onnx",
+            target=load_target("x86"),
+            preprocessing=Preprocessing(8, 1, (0.5,), (0.5,), "bilinear", 1.0),
+            provenance=Provenance((), "test", "", {}),
+            extra_metadata={},
+        )
+        operators.append([node.op_type for node in onnx.load(tmp_path / f"{name}.onnx").graph.node])
+    assert operators[0] == operators[1]
+    assert "Gather" not in operators[1]
