@@ -48,10 +48,10 @@ app = typer.Typer(
     help="Distil, prune and quantize an image classifier; export it; measure it on the device; say if it may ship.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    rich_markup_mode="rich",
+    rich_markup_mode=None,
 )
-recipes_app = typer.Typer(no_args_is_help=True, help="List, show and validate recipes.")
-targets_app = typer.Typer(no_args_is_help=True, help="List, show and validate targets.")
+recipes_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="List, show and validate recipes.")
+targets_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="List, show and validate targets.")
 app.add_typer(recipes_app, name="recipes")
 app.add_typer(targets_app, name="targets")
 

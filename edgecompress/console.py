@@ -10,9 +10,10 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from rich.console import Console
-from rich.text import Text
+if TYPE_CHECKING:  # rich takes half of the time of `--help`, which prints nothing through it
+    from rich.console import Console
 
 _SHOW_AFTER_SECONDS = 1.0
 
@@ -33,6 +34,8 @@ def set_quiet(quiet: bool) -> None:
 
 def stderr() -> Console:
     """The console of progress and prose: a bar's own while it is on screen, so that notes stand above it."""
+    from rich.console import Console
+
     return _settings.live or Console(stderr=True, highlight=False)
 
 
@@ -53,6 +56,8 @@ def error(text: str) -> None:
 
 
 def _print(text: str, *, mark: str = "", style: str = "") -> None:
+    from rich.text import Text
+
     # As Text and not as markup: messages hold paths and keys, and `nets.py:fire:` is no emoji.
     stderr().print(Text.assemble((mark, style), text), soft_wrap=True)
 
