@@ -113,7 +113,8 @@ def run(
     names = [target.name for target in resolved]
     started = _start(recipe, recipe_source, overrides, names, output, resume, command)
     directory = started.directory
-    if directory.read_manifest()["status"] == "complete":
+    profiled = all(directory.profile_path(name).is_file() for name in names)  # `apply` alone leaves a complete run too
+    if directory.read_manifest()["status"] == "complete" and profiled:
         return _already_complete(directory)
     profiles: dict[str, Json] = {}
     reports: dict[str, ReportPaths] = {}

@@ -250,3 +250,12 @@ def test_profile_before_export_says_what_to_do(tmp_path: Path) -> None:
     pipeline.apply(str(_checkpoint_recipe(tmp_path, stages)), output=tmp_path / "run")
     with pytest.raises(RunError, match="first: edgecompress export"):
         pipeline.profile(tmp_path / "run", target="x86")
+
+
+def test_run_goes_on_where_apply_ended(tmp_path: Path) -> None:
+    recipe = str(_checkpoint_recipe(tmp_path, "  - {id: int8, kind: quantize, effort: fast}\n"))
+    output = tmp_path / "run"
+    pipeline.apply(recipe, output=output, target="rpi4")
+    pipeline.run(recipe, targets=["rpi4"], output=output, resume=True)
+    assert (output / "profile" / "rpi4.json").is_file()
+    assert (output / "report" / "rpi4.html").is_file()
