@@ -214,7 +214,7 @@ def test_result_of_a_command(command_line: CommandLine, outcome_of: Callable[...
     call = calls[0]
     assert call["arguments"] == ("prune_kd",)
     assert (call["overrides"], call["output"], call["resume"]) == (["seed=1", "name=x"], Path("a"), True)
-    assert call["command"].startswith("edgecompress ")
+    assert call["command"].startswith("edgecompress")
 
 
 def test_json_is_all_that_stdout_holds(
