@@ -423,7 +423,10 @@ def models_table(profile: Json) -> Table:
     columns = model_columns(profile)
     crowded = len(columns) > 3  # two words on two lines and a short "times" keep five columns within 80 characters
     headers = [title.replace(" against ", " against\n") for _, title in columns]
-    table = _table(f"Measured on {target}", [("", False), *((header, True) for header in headers)])
+    title = (
+        f"Measured on {target}" if profile.get("measured") else f"Files for {target}, which was not at hand to measure"
+    )
+    table = _table(title, [("", False), *((header, True) for header in headers)])
     for row in model_rows(profile):
         cells = [row[key].replace(" times ", "x ") if crowded else row[key] for key, _ in columns]
         table.add_row(Text(row["label"]), *(Text(cell) for cell in cells))

@@ -318,3 +318,13 @@ def test_printable_defuses_and_keeps_what_is_text() -> None:
 def test_every_value_has_a_text(value: object) -> None:
     for name in ("size_bytes", "latency_ms", "accuracy", "seconds", "max_accuracy_drop", "anything"):
         assert summary.quantity_text(value, name)
+
+
+def test_a_target_that_was_not_at_hand_is_not_called_measured() -> None:
+    titles = [
+        summary.models_table({"target": "rpi5", "measured": measured, "models": {}}).title for measured in (True, False)
+    ]
+    assert [str(title) for title in titles] == [
+        "Measured on rpi5",
+        "Files for rpi5, which was not at hand to measure",
+    ]
