@@ -44,6 +44,10 @@ from edgecompress.target import Target
 from edgecompress.training import EpochRecord
 
 _DEFAULT_CHANNEL_MULTIPLE = 8
+_PLACEMENT_REASONS = {
+    "full": "the recipe asks for full int8",
+    "auto": "full int8, without a search for another placement; the profile measures it against fp32",
+}
 
 
 def start_manifest(recipe: Recipe, *, source: str, overrides: list[str], targets: list[str], command: str) -> Json:
@@ -255,6 +259,7 @@ def _quantize(
     save_logits(run, stage.id, logits)
     name = target.name if target else "this machine"
     run.update_manifest(lambda m: record_decision(m, f"int8_scheme:{name}", scheme.to_dict(), why))
+    run.update_manifest(lambda m: record_decision(m, "placement", "full", _PLACEMENT_REASONS[stage.placement]))
     float_layers = f", {len(model.float_layers)} in float" if model.float_layers else ""
     summary = (
         f"{len(model.quantized_layers)} layers in int8{float_layers}; {scheme.activations} activations, "

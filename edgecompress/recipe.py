@@ -201,7 +201,9 @@ class QuantizeStage(FrozenSettings):
     effort: Literal["fast", "balanced"] = Field(
         default="balanced", description="fast: round to nearest; balanced: error-compensated rounding, bias correction"
     )
-    placement: Literal["auto", "full"] = "auto"
+    placement: Literal["auto", "full"] = Field(
+        default="auto", description="both quantize every layer they can today; the profile says where that is slower"
+    )
     scheme: SchemeSettings = SchemeSettings()
     exclude: tuple[str, ...] = Field(default=(), description="module names, as globs, that stay in float")
 

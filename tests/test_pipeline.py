@@ -17,6 +17,8 @@ from edgecompress.models import build
 from edgecompress.run_directory import sha256_of
 from small_models import small_architecture
 
+pytestmark = pytest.mark.slow
+
 FAST = (
     "model.arguments.width=16",
     "stages.dense.epochs=3",
@@ -78,7 +80,11 @@ def test_the_manifest_says_what_happened(finished: pipeline.Outcome) -> None:
     assert int8["calibration_samples"] == 64
     assert int8["size_bytes"] < 0.5 * pruned["size_bytes"]
     assert manifest["baseline"]["id"] == "dense"
-    assert {decision["what"] for decision in manifest["decisions"]} >= {"int8_scheme:x86", "int8_scheme:rpi4"}
+    assert {decision["what"] for decision in manifest["decisions"]} >= {
+        "int8_scheme:x86",
+        "int8_scheme:rpi4",
+        "placement",
+    }
     for name, digest in manifest["artifacts"].items():
         if not name.startswith("report/"):
             assert sha256_of(finished.run.path / name) == digest, name

@@ -15,6 +15,8 @@ from edgecompress.recipe import AugmentSettings, TrainingSettings
 from edgecompress.training import EpochRecord, FitResult, augment, fit, resolve_precision
 from small_models import digits_data, small_architecture
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def splits() -> dict[str, PreparedSplit]:
