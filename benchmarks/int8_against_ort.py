@@ -27,13 +27,14 @@ from rich.table import Table
 from edgecompress.checkpoint import Checkpoint, example_input
 from edgecompress.data import PreparedSplit, calibration_indices, open_data
 from edgecompress.export import INPUT_NAME, Provenance, export_onnx
+from edgecompress.int8.post_training import quantize
+from edgecompress.int8.scheme import resolve_scheme
 from edgecompress.integer_graph import inspect_integer_graph
 from edgecompress.machine import describe_machine, summarize_machine, versions
 from edgecompress.measuring import measure_latency
 from edgecompress.models import create_model
 from edgecompress.parity import run_onnx, sqnr_db, top1_agreement
 from edgecompress.preprocessing import Preprocessing
-from edgecompress.quantize import quantize, resolve_scheme
 from edgecompress.recipe import DataSettings, ModelSettings, QuantizeStage
 from edgecompress.target import load_target
 

@@ -19,10 +19,11 @@ from edgecompress.checkpoint import Checkpoint, describe, example_input, load_ch
 from edgecompress.data import ImageData, calibration_indices, open_data
 from edgecompress.errors import RunError
 from edgecompress.evaluate import collect_logits
+from edgecompress.int8.post_training import quantize
+from edgecompress.int8.quantized_model import QuantizedModel, save_quantized
+from edgecompress.int8.scheme import Scheme, resolve_scheme
 from edgecompress.machine import describe_machine, versions
 from edgecompress.models import CreatedModel, create_model
-from edgecompress.quantize import QuantizedModel, quantize, resolve_scheme, save_quantized
-from edgecompress.quantizer import Scheme
 from edgecompress.recipe import DistillStage, PruneStage, QuantizeStage, Recipe, TrainingSettings, TrainStage
 from edgecompress.run_directory import SCHEMA_VERSION, Json, RunDirectory, write_json
 from edgecompress.run_state import (

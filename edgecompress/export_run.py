@@ -19,6 +19,8 @@ from edgecompress.checkpoint import Checkpoint, example_input, load_checkpoint, 
 from edgecompress.data import ImageData, open_data
 from edgecompress.evaluate import collect_logits
 from edgecompress.export import Provenance, export_onnx
+from edgecompress.int8.quantized_model import QuantizedModel, load_quantized
+from edgecompress.int8.scheme import Scheme, resolve_scheme
 from edgecompress.integer_graph import inspect_integer_graph
 from edgecompress.machine import versions
 from edgecompress.parity import (
@@ -29,8 +31,6 @@ from edgecompress.parity import (
     constant_predictions,
     run_onnx,
 )
-from edgecompress.quantize import QuantizedModel, load_quantized, resolve_scheme
-from edgecompress.quantizer import Scheme
 from edgecompress.recipe import QuantizeStage, Recipe
 from edgecompress.run_directory import Json, RunDirectory, atomic_path, write_json
 from edgecompress.run_state import (

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from edgecompress.export import Provenance, export_onnx, open_session
+from edgecompress.int8.post_training import quantize
+from edgecompress.int8.quantized_model import QuantizedModel
+from edgecompress.int8.scheme import Scheme
 from edgecompress.integer_graph import IntegerGraph, inspect_integer_graph
 from edgecompress.preprocessing import Preprocessing
-from edgecompress.quantize import QuantizedModel, quantize
-from edgecompress.quantizer import Scheme
 from edgecompress.recipe import QuantizeStage
 from edgecompress.target import Target, load_target
 

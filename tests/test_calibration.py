@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from edgecompress.calibration import PercentileObserver, activation_observer
+from edgecompress.int8.calibration import PercentileObserver, activation_observer
 
 BINS = 2048
 

@@ -15,10 +15,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-import edgecompress.quantize
+import edgecompress.int8.post_training
+import edgecompress.int8.scheme
 from edgecompress.errors import QuantizationError, RunError
-from edgecompress.quantize import QuantizedModel, capture, load_quantized, resolve_scheme, save_quantized
-from edgecompress.quantizer import Scheme
+from edgecompress.int8.capture import capture
+from edgecompress.int8.quantized_model import QuantizedModel, load_quantized, save_quantized
+from edgecompress.int8.scheme import Scheme, resolve_scheme
 from edgecompress.target import Int8Scheme, load_target
 from int8_models import UINT8_7, HardSwish, Residual, Shared, conv, export, images, quantized, seeded, stage
 
@@ -263,7 +265,7 @@ def test_a_model_whose_layers_are_all_excluded_is_refused() -> None:
 def test_no_calibration_image_is_refused() -> None:
     module = seeded(Residual())
     with pytest.raises(QuantizationError, match="never ran on calibration images"):
-        edgecompress.quantize.quantize(
+        edgecompress.int8.post_training.quantize(
             module,
             stage=stage(),
             scheme=UINT8_7,
@@ -316,7 +318,7 @@ def test_code_that_cannot_be_captured_is_refused(net: Callable[[], nn.Module]) -
 def test_scheme_of_every_target(
     monkeypatch: pytest.MonkeyPatch, vnni: bool, target: str | None, activations: str, bits: int | None
 ) -> None:
-    monkeypatch.setattr(edgecompress.quantize, "has_vnni", lambda: vnni)
+    monkeypatch.setattr(edgecompress.int8.scheme, "has_vnni", lambda: vnni)
     scheme, why = resolve_scheme(stage(), load_target(target) if target else None)
     expected = bits if bits is not None else 8 if vnni else 7
     assert scheme == Scheme(activations, expected)
@@ -334,7 +336,7 @@ def test_scheme_of_every_target(
 def test_the_recipe_has_the_last_word(
     monkeypatch: pytest.MonkeyPatch, vnni: bool, target: str | None, bits: int, activations: str
 ) -> None:
-    monkeypatch.setattr(edgecompress.quantize, "has_vnni", lambda: vnni)
+    monkeypatch.setattr(edgecompress.int8.scheme, "has_vnni", lambda: vnni)
     given = stage(scheme={"activations": activations, "weight_bits": bits})
     scheme, why = resolve_scheme(given, load_target(target) if target else None)
     assert scheme == Scheme(activations, bits)
@@ -343,7 +345,7 @@ def test_the_recipe_has_the_last_word(
 
 @pytest.mark.parametrize("vnni", [False, True])
 def test_auto_on_arm_does_not_ask_this_machine(monkeypatch: pytest.MonkeyPatch, vnni: bool) -> None:
-    monkeypatch.setattr(edgecompress.quantize, "has_vnni", lambda: vnni)
+    monkeypatch.setattr(edgecompress.int8.scheme, "has_vnni", lambda: vnni)
     target = load_target("rpi4").model_copy(update={"int8": Int8Scheme()})
     scheme, why = resolve_scheme(stage(), target)
     assert scheme == Scheme("int8", 8)

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from edgecompress.errors import ConfigurationError
+from edgecompress.int8.quantized_model import QuantizedModel
+from edgecompress.int8.scheme import Scheme
 from edgecompress.integer_graph import inspect_integer_graph
 from edgecompress.machine import architecture, has_vnni
-from edgecompress.quantize import QuantizedModel
-from edgecompress.quantizer import Scheme
 from int8_models import (
     CLASSES,
     PATTERNS,

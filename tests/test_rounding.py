@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter, Node
 
-import edgecompress.quantize
-from edgecompress.quantize import capture
-from edgecompress.quantizer import Scheme
-from edgecompress.rounding import _patches, compensate, round_compensated
+import edgecompress.int8.post_training
+import edgecompress.int8.scheme
+from edgecompress.int8.capture import capture
+from edgecompress.int8.rounding import _patches, compensate, round_compensated
+from edgecompress.int8.scheme import Scheme
 from int8_models import UINT8_7, Residual, conv, images, quantized, seeded
 
 aten = torch.ops.aten
@@ -120,7 +121,7 @@ def test_working_in_blocks_changes_nothing(monkeypatch: pytest.MonkeyPatch, name
     weight = layer.weight.detach()
     made = []
     for block in (16, 64, 10_000):
-        monkeypatch.setattr("edgecompress.rounding._BLOCK", block)
+        monkeypatch.setattr("edgecompress.int8.rounding._BLOCK", block)
         made.append(round_compensated(weight, scales(weight), inputs, node, low=-LIMIT, high=LIMIT))
     assert torch.equal(made[0], made[2])
     assert torch.equal(made[1], made[2])
@@ -173,7 +174,7 @@ class Compensation:
     """What `compensate` was given, kept by a stand-in that calls it."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(edgecompress.quantize, "compensate", self)
+        monkeypatch.setattr(edgecompress.int8.post_training, "compensate", self)
 
     def __call__(self, converted: GraphModule, simulation: GraphModule, reference: GraphModule, seen: Tensor) -> None:
         self.converted, self.simulation, self.reference, self.seen = converted, simulation, reference, seen
@@ -271,7 +272,7 @@ def test_compensation_that_hurts_is_dropped(monkeypatch: pytest.MonkeyPatch) -> 
 
     module = seeded(Residual())
     plain = quantized(module, samples=images(64))
-    monkeypatch.setattr(edgecompress.quantize, "compensate", damage)
+    monkeypatch.setattr(edgecompress.int8.post_training, "compensate", damage)
     guarded = quantized(module, samples=images(64), effort="balanced")
     assert guarded.correction.startswith("rounded to nearest (error compensation would cost")
     with torch.no_grad():

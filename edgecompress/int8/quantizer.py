@@ -28,6 +28,7 @@ from torchao.quantization.pt2e.quantizer import (
 
 from edgecompress.configuration import did_you_mean
 from edgecompress.errors import ConfigurationError
+from edgecompress.int8.scheme import Scheme
 
 _ANNOTATION = "quantization_annotation"
 aten = torch.ops.aten
@@ -64,30 +65,6 @@ _MOVERS = {
 }
 # Several outputs; the pieces are picked by `getitem`.
 _SPLITTERS = {aten.chunk.default, aten.split.Tensor, aten.split_with_sizes.default}
-
-
-@dataclass(frozen=True)
-class Scheme:
-    """How tensors become integers: the target's scheme with every `auto` settled."""
-
-    activations: str
-    weight_bits: int
-
-    @property
-    def activation_dtype(self) -> torch.dtype:
-        return torch.uint8 if self.activations == "uint8" else torch.int8
-
-    @property
-    def activation_range(self) -> tuple[int, int]:
-        return (0, 255) if self.activations == "uint8" else (-128, 127)
-
-    @property
-    def weight_limit(self) -> int:
-        """Largest weight magnitude as an integer: 127, or 63 where 16-bit sums would saturate."""
-        return (1 << (self.weight_bits - 1)) - 1
-
-    def to_dict(self) -> dict[str, Any]:
-        return {"activations": self.activations, "weights": "int8", "weight_bits": self.weight_bits}
 
 
 @dataclass(frozen=True)
