@@ -75,6 +75,7 @@ def quantize(
         quantized_layers=tuple(layer.module_name for layer in quantizer.placement.quantized),
         float_layers=tuple(quantizer.placement.float_layers),
         exclude=stage.exclude,
+        reference=reference,
     )
 
 

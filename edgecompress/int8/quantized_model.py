@@ -37,7 +37,11 @@ _DEQUANTIZE_CHANNELS = _quantized_ops.dequantize_per_channel.default
 
 @dataclass(frozen=True)
 class QuantizedModel:
-    """An int8 model: the exportable graph, its scheme, and what was quantized."""
+    """An int8 model: the exportable graph, its scheme, and what was quantized.
+
+    `reference` is the float graph that was quantized, batch norm folded, under the same node names; None for a model
+    that was read from its files.
+    """
 
     graph: GraphModule
     scheme: Scheme
@@ -45,6 +49,7 @@ class QuantizedModel:
     float_layers: tuple[str, ...]
     exclude: tuple[str, ...]
     correction: str = ""
+    reference: GraphModule | None = None
 
     def simulation(self) -> GraphModule:
         """The same numbers with fused fake-quantize kernels and weights read back once: several times faster."""
