@@ -1,4 +1,4 @@
-"""An int8 model: its graph, a fast simulation of it, and its two files.
+"""An int8 model: its graph, the simulations of it, and its two files.
 
 What enters: a converted graph that holds int8 weights and every scale. What leaves: the same as model.safetensors and
 model.json, rebuilt from the float architecture below it, so that no pickled graph is ever stored.
@@ -23,6 +23,7 @@ from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
 from edgecompress.errors import RunError
 from edgecompress.int8.capture import capture
+from edgecompress.int8.integer_simulation import simulate_integers
 from edgecompress.int8.quantizer import OnnxRuntimeQuantizer
 from edgecompress.int8.scheme import Scheme
 from edgecompress.run_directory import atomic_path, write_text
@@ -52,8 +53,8 @@ class QuantizedModel:
     reference: GraphModule | None = None
 
     def simulation(self) -> GraphModule:
-        """The same numbers with fused fake-quantize kernels and weights read back once: several times faster."""
-        return simulate(self.graph)
+        """What the runtime's integer kernels give for this graph, number for number."""
+        return simulate_integers(self.graph)
 
 
 def _activation_nodes(graph: GraphModule) -> list[Node]:
@@ -139,7 +140,11 @@ def load_quantized(folder: Path, module: nn.Module, description: dict[str, Any],
 
 
 def simulate(converted: GraphModule) -> GraphModule:
-    """Replace quantize-dequantize pairs by one fake-quantize kernel, and int8 constants by the floats they mean."""
+    """A float simulation: one fake-quantize kernel per quantize-dequantize pair, int8 constants read back once.
+
+    Node names stay those of `converted`, which rounding relies on. It rounds where the kernels do not; see
+    `simulate_integers` for what they compute.
+    """
     twin = copy.deepcopy(converted)
     constants = _constants(twin)
     for node in list(twin.graph.nodes):
