@@ -7,7 +7,7 @@ folder per stage and a manifest that is true after every stage, so that a run th
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from typing import Any
 
@@ -24,7 +24,7 @@ from edgecompress.int8.quantized_model import QuantizedModel, save_quantized
 from edgecompress.int8.scheme import Scheme, resolve_scheme
 from edgecompress.machine import describe_machine, versions
 from edgecompress.models import CreatedModel, create_model
-from edgecompress.recipe import DistillStage, PruneStage, QuantizeStage, Recipe, TrainingSettings, TrainStage
+from edgecompress.recipe import DistillStage, PruneStage, QatStage, QuantizeStage, Recipe, TrainingSettings, TrainStage
 from edgecompress.run_directory import SCHEMA_VERSION, Json, RunDirectory, write_json
 from edgecompress.run_state import (
     INITIAL,
@@ -40,7 +40,7 @@ from edgecompress.run_state import (
     save_logits,
     seed_everything,
 )
-from edgecompress.stages import PreparedSplits, StageContext, run_stage
+from edgecompress.stages import PreparedSplits, StageContext, qat_stage, run_stage
 from edgecompress.target import Target
 from edgecompress.training import EpochRecord
 
@@ -196,21 +196,39 @@ def _train(
     target: Target | None,
     earlier: dict[str, Checkpoint],
 ) -> tuple[Checkpoint, Json]:
+    context = training_context(recipe, run, data, splits, target, {"stage": stage.id}, earlier=earlier.__getitem__)
+    outcome = run_stage(stage, current, context)
+    save_checkpoint(outcome.checkpoint, run.stage(stage.id))
+    facts = _evaluate(run, stage.id, outcome.checkpoint, data, splits)
+    return outcome.checkpoint, facts | {"epochs": outcome.epochs, "summary": outcome.summary}
+
+
+def training_context(
+    recipe: Recipe,
+    run: RunDirectory,
+    data: ImageData,
+    splits: PreparedSplits,
+    target: Target | None,
+    labels: Json,
+    *,
+    earlier: Callable[[str], Checkpoint] | None = None,
+) -> StageContext:
+    """What a stage needs to train in this run; `labels` go into each of its lines in metrics.jsonl.
+
+    Left out, `earlier` reads an earlier stage from its folder.
+    """
+
     def log(record: EpochRecord) -> None:
-        run.append_metrics({"stage": stage.id, **record.__dict__})
+        run.append_metrics({**labels, **record.__dict__})
 
     context = StageContext(
         recipe=recipe,
         data=data,
         splits=splits,
         channel_multiple=target.channel_multiple if target else _DEFAULT_CHANNEL_MULTIPLE,
-        earlier=earlier.__getitem__,
+        earlier=earlier or (lambda stage_id: load_checkpoint(run.stage(stage_id))),
         on_epoch=log,
     )
-    outcome = run_stage(stage, current, context)
-    save_checkpoint(outcome.checkpoint, run.stage(stage.id))
-    facts = _evaluate(run, stage.id, outcome.checkpoint, data, splits)
-    return outcome.checkpoint, facts | {"epochs": outcome.epochs, "summary": outcome.summary}
 
 
 def quantize_for(
@@ -253,6 +271,12 @@ def _quantize(
 ) -> Json:
     scheme, why = resolve_scheme(stage, target)
     model, samples = quantize_for(recipe, stage, scheme, current, data, splits)
+    trained = None
+    if isinstance(stage, QatStage):
+        context = training_context(recipe, run, data, splits, target, {"stage": stage.id})
+        trained = qat_stage(stage, model, current, context)
+        (console.note if trained.is_trained else console.warn)(f"stage {stage.id}: {trained.summary}")
+        model = trained.model
     save_quantized(model, run.stage(stage.id), float_model=describe(current))
     preprocessing = current.architecture.preprocessing
     split = splits.get(data.report_split, preprocessing)
@@ -268,10 +292,14 @@ def _quantize(
     )
     if samples < stage.calibration.samples:
         summary += f" (all of train; {stage.calibration.samples} were asked for)"
+    facts: Json = {}
+    if trained is not None:
+        summary, facts = f"{trained.summary}; {summary}", {"qat": trained.facts, "epochs": trained.facts["epochs"]}
     cost = cost_entry(run, current, stage.id, example_input(current.architecture))
     return (
         evaluation_entry(logits, split.labels, data.report_split)
         | cost
+        | facts
         | {"calibration_samples": samples, "scheme": scheme.to_dict(), "summary": summary}
     )
 

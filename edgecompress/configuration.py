@@ -245,7 +245,7 @@ def _describe(fault: Any, model: type[BaseModel], document: Mapping[str, Any]) -
         tags = [tag.strip(" '") for tag in str(fault["ctx"]["expected_tags"]).split(",")]
         return f"{place}.kind: unknown kind '{given}'{did_you_mean(given, tags)}"
     if kind == "union_tag_not_found":
-        return f"{place}.kind: required, but not given (train, distill, prune or quantize)"
+        return f"{place}.kind: required, but not given (train, distill, prune, quantize or qat)"
     if kind == "literal_error":
         expected = str(fault["ctx"]["expected"]).replace("'", "").replace(" or ", ", ")
         given = reprlib.repr(fault["input"])

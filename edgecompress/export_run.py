@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from edgecompress import console
-from edgecompress.apply_run import quantize_for
+from edgecompress.apply_run import quantize_for, training_context
 from edgecompress.checkpoint import Checkpoint, example_input, load_checkpoint, rebuild
 from edgecompress.data import ImageData, open_data
 from edgecompress.evaluate import collect_logits
@@ -31,7 +31,7 @@ from edgecompress.parity import (
     constant_predictions,
     run_onnx,
 )
-from edgecompress.recipe import QuantizeStage, Recipe
+from edgecompress.recipe import QatStage, QuantizeStage, Recipe
 from edgecompress.run_directory import Json, RunDirectory, atomic_path, write_json
 from edgecompress.run_state import (
     Gate,
@@ -45,7 +45,7 @@ from edgecompress.run_state import (
     report_indices,
     require_same_data,
 )
-from edgecompress.stages import PreparedSplits
+from edgecompress.stages import PreparedSplits, qat_stage
 from edgecompress.target import Target
 
 _SAMPLE_IMAGES = 16
@@ -178,6 +178,14 @@ def _int8_model(
         f"quantizing again: this target wants {scheme.activations} activations, {scheme.weight_bits}-bit weights"
     )
     model, _ = quantize_for(recipe, stage, scheme, float_model, data, splits)
+    if isinstance(stage, QatStage):
+        # Weights trained for one scheme's roundings are not those of another: this target gets its own training.
+        console.note(f"training again for this scheme, {stage.epochs} epochs")
+        labels: Json = {"stage": stage.id, "scheme": scheme.to_dict()}
+        context = training_context(recipe, run, data, splits, None, labels)
+        trained = qat_stage(stage, model, float_model, context)
+        (console.note if trained.is_trained else console.warn)(f"stage {stage.id}: {trained.summary}")
+        model = trained.model
     preprocessing = float_model.architecture.preprocessing
     split = splits.get(data.report_split, preprocessing)
     chosen = torch.from_numpy(indices)

@@ -208,7 +208,24 @@ class QuantizeStage(FrozenSettings):
     exclude: tuple[str, ...] = Field(default=(), description="module names, as globs, that stay in float")
 
 
-Stage = Annotated[TrainStage | DistillStage | PruneStage | QuantizeStage, Field(discriminator="kind")]
+class QatStage(TrainingSettings, QuantizeStage):
+    """Quantization-aware training: a quantize stage whose weights and scales then learn, with the roundings in place.
+
+    It is the recipe's int8 stage, wherever one is asked for. Left out, the teacher is the float model itself.
+    """
+
+    kind: Literal["qat"]  # type: ignore[assignment]  # the discriminator; all else of a quantize stage holds
+    epochs: Annotated[int, Field(ge=1)] = 3
+    optimizer: Literal["sgd", "adamw"] = "adamw"
+    learning_rate: Annotated[float, Field(gt=0)] = Field(
+        default=2e-4, description="weights are trained as a share of their channel's int8 range, so it fits any model"
+    )
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    warmup_epochs: Annotated[float, Field(ge=0)] = 0.2
+    teacher: TeacherSettings | None = None
+
+
+Stage = Annotated[TrainStage | DistillStage | PruneStage | QuantizeStage | QatStage, Field(discriminator="kind")]
 
 
 class Gates(FrozenSettings):
@@ -254,7 +271,7 @@ class Recipe(FrozenSettings):
                 hint = did_you_mean(teacher.stage, seen) if seen else "; there is no earlier stage"
                 faults.append(f"stages.{stage.id}.teacher.stage: '{teacher.stage}' is no earlier stage{hint}")
             if isinstance(stage, QuantizeStage) and index != len(self.stages) - 1:
-                faults.append(f"stages.{stage.id}: quantize must be the last stage; move it to the end")
+                faults.append(f"stages.{stage.id}: {stage.kind} must be the last stage; move it to the end")
             seen.append(stage.id)
         if faults:
             raise ValueError("\n".join(faults))
@@ -270,7 +287,8 @@ class Recipe(FrozenSettings):
     def has_trained_weights(self) -> bool:
         """Whether the weights that are exported come from a checkpoint, a hub or training here."""
         given = self.model.checkpoint is not None or self.model.pretrained
-        return given or any(isinstance(stage, TrainingSettings) for stage in self.stages)
+        trained = (stage for stage in self.stages if not isinstance(stage, QuantizeStage))
+        return given or any(isinstance(stage, TrainingSettings) for stage in trained)
 
 
 def load_recipe(source: str, overrides: Sequence[str] = ()) -> Recipe:

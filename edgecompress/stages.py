@@ -1,7 +1,7 @@
-"""The stages that train: train, distill, prune. Each is a function from a checkpoint to a new one.
+"""The stages that train: train, distill, prune, qat. Each is a function from a checkpoint to a new one.
 
 What enters: the checkpoint of the stage before, the stage's settings, prepared data. What leaves: a
-`StageOutcome`. A stage never changes the checkpoint it was given.
+`StageOutcome`; for qat, which trains an int8 model, a `QatOutcome`. A stage never changes what it was given.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from edgecompress import console
 from edgecompress.checkpoint import Checkpoint, example_input
@@ -18,18 +19,26 @@ from edgecompress.complexity import Complexity, measure_complexity
 from edgecompress.data import ImageData, PreparedSplit
 from edgecompress.distill import LossFunction, TeacherView, distillation_loss, label_loss
 from edgecompress.errors import PruningError
+from edgecompress.evaluate import accuracy, collect_logits
+from edgecompress.int8.qat import TrainableInt8
+from edgecompress.int8.quantized_model import QuantizedModel
 from edgecompress.models import create_model
 from edgecompress.preprocessing import Preprocessing
 from edgecompress.prune import ChannelPruner, WeightMasks, copy_of, reestimate_batch_norm
 from edgecompress.recipe import (
     DistillStage,
     PruneStage,
+    QatStage,
     Recipe,
     TeacherSettings,
     TrainingSettings,
     TrainStage,
 )
 from edgecompress.training import EpochRecord, FitResult, fit
+
+# Quantization-aware training against the float model itself: its probabilities as they are, and no labels, which it
+# has already learned from.
+_SELF_TEMPERATURE, _SELF_ALPHA = 1.0, 1.0
 
 # Batches of training images that score channels (taylor) and re-estimate batch norm. Enough for a mean to settle.
 _STATISTICS_BATCHES = 16
@@ -70,6 +79,16 @@ class StageOutcome:
     checkpoint: Checkpoint
     epochs: int
     summary: str
+
+
+@dataclass(frozen=True)
+class QatOutcome:
+    """The better of the trained and the post-training int8 model, whether it is the trained one, and why, in words."""
+
+    model: QuantizedModel
+    is_trained: bool
+    summary: str
+    facts: dict[str, float | bool | int]
 
 
 def run_stage(
@@ -168,6 +187,57 @@ def prune_weights_stage(stage: PruneStage, current: Checkpoint, context: StageCo
         f"finetuned {spent} epochs; ONNX Runtime's CPU kernels gain no speed from it, compressed files shrink"
     )
     return StageOutcome(checkpoint, spent, summary)
+
+
+def qat_stage(stage: QatStage, model: QuantizedModel, source: Checkpoint, context: StageContext) -> QatOutcome:
+    """Train `model`, the int8 model that post-training quantization made of `source`, and keep the better of the two.
+
+    Better is the higher val accuracy; at a tie, the lower cross-entropy on val. Always in fp32: bf16's own rounding
+    is as coarse as the one to learn.
+    """
+    preprocessing = source.architecture.preprocessing
+    trainable = TrainableInt8(model)
+    if stage.teacher is not None:
+        loss = _teacher_loss(stage.teacher, stage.label_smoothing, source, context)
+        teacher = _teacher_name(stage.teacher)
+    else:
+        loss = distillation_loss(copy_of(source.module), temperature=_SELF_TEMPERATURE, alpha=_SELF_ALPHA)
+        teacher = "the float model as teacher"
+    val = context.splits.get("val", preprocessing)
+    fit(
+        trainable,
+        settings=stage,
+        epochs=stage.epochs,
+        loss=loss,
+        train=context.splits.get("train", preprocessing),
+        val=val,
+        preprocessing=preprocessing,
+        precision="fp32",
+        seed=context.recipe.seed * 1009,
+        description=stage.id,
+        on_epoch=context.on_epoch,
+        layout_of=source.module,
+    )
+    trained = trainable.quantized(f"trained for {stage.epochs} epochs with {teacher}")
+    scores: list[tuple[float, float]] = []
+    for candidate, name in ((model, "post-training"), (trained, "trained")):
+        logits = collect_logits(candidate.simulation(), val, preprocessing, description=f"evaluating {name} int8")
+        scores.append((accuracy(logits, val.labels), -float(functional.cross_entropy(logits, val.labels))))
+    before, after = scores
+    is_better = after > before
+    compared = f"val {after[0]:.2%} against {before[0]:.2%} (cross-entropy {-after[1]:.4f} against {-before[1]:.4f})"
+    summary = (
+        f"quantization-aware training helped: {compared}"
+        if is_better
+        else f"quantization-aware training did not help, so the post-training int8 model is kept: {compared}"
+    )
+    facts: dict[str, float | bool | int] = {
+        "kept_trained": is_better,
+        "val_accuracy": after[0],
+        "val_accuracy_post_training": before[0],
+        "epochs": stage.epochs,
+    }
+    return QatOutcome(trained if is_better else model, is_better, summary, facts)
 
 
 def _fit(

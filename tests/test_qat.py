@@ -1,0 +1,147 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from edgecompress import pipeline
+from edgecompress.errors import ConfigurationError
+from edgecompress.int8.post_training import quantize
+from edgecompress.int8.qat import TrainableInt8, _RoundToStep
+from edgecompress.int8.quantized_model import QuantizedModel
+from edgecompress.int8.scheme import Scheme
+from edgecompress.recipe import QatStage, QuantizeStage, load_recipe
+from small_models import images, tiny_net
+
+
+def _int8(batch: Tensor, scheme: Scheme = Scheme("uint8", 7)) -> QuantizedModel:  # noqa: B008  # frozen
+    return quantize(
+        tiny_net(),
+        stage=QuantizeStage(kind="quantize", id="int8", effort="fast"),
+        scheme=scheme,
+        calibration=lambda: iter([batch]),
+        batches=1,
+        example=batch[:2],
+    )
+
+
+def test_rounding_has_the_gradients_of_learned_step_size_quantization() -> None:
+    """Esser et al., 2020, equations 3 and 5, by hand: inside, below and above the range [-2, 1] steps."""
+    values = torch.tensor([0.7, -5.0, 5.0], requires_grad=True)
+    step = torch.tensor(0.5, requires_grad=True)
+    rounded = _RoundToStep.apply(values, step, -2, 1)
+    torch.testing.assert_close(rounded, torch.tensor([0.5, -1.0, 0.5]))
+    rounded.sum().backward()
+    assert values.grad is not None
+    assert step.grad is not None
+    torch.testing.assert_close(values.grad, torch.tensor([1.0, 0.0, 0.0]))
+    torch.testing.assert_close(step.grad, torch.tensor((1 - 1.4) - 2.0 + 1.0))
+
+
+def test_training_begins_where_post_training_ended_and_the_way_back_changes_nothing() -> None:
+    batch = images(32)
+    model = _int8(batch)
+    trainable = TrainableInt8(model)
+    with torch.no_grad():
+        logits = trainable(batch)
+        torch.testing.assert_close(logits, model.graph(batch), atol=1e-4, rtol=0)
+        torch.testing.assert_close(trainable.quantized("x").graph(batch), logits, atol=1e-4, rtol=0)
+
+
+def test_training_comes_nearer_to_float_and_the_integers_say_so_too() -> None:
+    batch = images(64)
+    model = _int8(batch, Scheme("uint8", 7))
+    with torch.no_grad():
+        wanted = tiny_net()(batch)
+        before = float(((model.graph(batch) - wanted) ** 2).mean())
+    trainable = TrainableInt8(model)
+    optimizer = torch.optim.Adam(trainable.parameters(), lr=1e-3)
+    for _ in range(60):
+        optimizer.zero_grad()
+        (((trainable(batch) - wanted) ** 2).mean() / before).backward()
+        optimizer.step()
+    trained = trainable.quantized("trained")
+    with torch.no_grad():
+        after = float(((trained.graph(batch) - wanted) ** 2).mean())
+    assert after < 0.7 * before
+    assert trained.correction == "trained"
+    for name, tensor in trained.graph.state_dict().items():
+        if tensor.dtype == torch.int8:
+            assert int(tensor.abs().max()) <= 63, name
+    # The bias keeps the accumulator's scale, s_x * s_w, though both have moved.
+    for node in trained.graph.graph.nodes:
+        if node.target is torch.ops.aten.conv2d.default and len(node.args) > 2 and node.args[2] is not None:
+            source, weight, bias = node.args[:3]
+            scales = [trained.graph.get_buffer(str(read.args[1].target)) for read in (weight, bias)]
+            torch.testing.assert_close(scales[1].float(), scales[0].float() * source.args[1])
+
+
+def test_recipe_takes_it_as_the_int8_stage_and_wants_it_last() -> None:
+    recipe = load_recipe("qat")
+    assert isinstance(recipe.quantize_stage, QatStage)
+    assert recipe.quantize_stage.id == "int8_trained"
+    with pytest.raises(ConfigurationError, match="qat must be the last stage"):
+        load_recipe("qat", ["stages.dense.kind=qat"])
+
+
+FAST = (
+    "model.name=resnet8",
+    "model.arguments.width=8",
+    "model.preprocessing.input_size=8",
+    "stages.dense.epochs=3",
+    "stages.int8_trained.epochs=1",
+    "stages.int8_trained.warmup_epochs=0",
+    "stages.int8_trained.calibration.samples=64",
+    "stages.int8_trained.placement=full",
+    "gates.max_accuracy_drop=0.2",
+    "gates.int8_min_top1_agreement=0.8",
+)
+
+
+def _json(path: Path) -> Any:
+    return json.loads(path.read_text())
+
+
+@pytest.mark.slow
+def test_the_stage_through_apply_resume_and_export_for_two_schemes(tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    overrides = [*FAST, "stages.int8_trained.teacher.stage=dense"]
+    outcome = pipeline.apply("qat", overrides=overrides, output=output, resume=False)
+    stage = outcome.manifest["stages"][-1]
+    assert stage["status"] == "complete"
+    assert stage["summary"].startswith("quantization-aware training ")
+    assert stage["qat"]["kept_trained"] == ("did not help" not in stage["summary"])
+    assert stage["qat"]["val_accuracy"] > 0.5
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    assert [line["stage"] for line in lines].count("int8_trained") == 1
+    again = pipeline.apply("qat", overrides=overrides, output=output, resume=True)
+    assert again.manifest["stages"][-1]["seconds"] == stage["seconds"], "a complete stage is kept"
+    for target, folder in (("x86", output / "export"), ("rpi4", output / "export" / "rpi4")):
+        pipeline.export(output, target=target, int8=True)
+        parity = _json(folder / "parity.json")
+        assert parity["onnx_int8"]["op_counts"]["QLinearConv"] == 9
+        assert parity["onnx_int8"]["torch_int8_top1_agreement"] > 0.98
+    assert parity["onnx_int8"]["scheme"]["activations"] == "int8"
+    retrained = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    assert [line["scheme"]["activations"] for line in retrained if "scheme" in line][-1] == "int8"
+
+
+@pytest.mark.slow
+def test_where_it_is_worse_post_training_is_kept_and_said_first(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wild = [
+        "stages.int8_trained.optimizer=sgd",
+        "stages.int8_trained.learning_rate=3",
+        "stages.int8_trained.momentum=0",
+    ]
+    outcome = pipeline.apply("qat", overrides=[*FAST, *wild], output=tmp_path / "run", resume=False)
+    stage = outcome.manifest["stages"][-1]
+    assert stage["qat"]["kept_trained"] is False
+    assert stage["summary"].startswith("quantization-aware training did not help, so the post-training int8")
+    assert stage["accuracy"] > 0.5
+    assert "did not help" in capsys.readouterr().err
