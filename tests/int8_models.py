@@ -165,7 +165,7 @@ class Sums(nn.Module):
 
 
 class HardSwish(nn.Module):
-    """An activation without an integer kernel."""
+    """An activation without an integer kernel of its own."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -176,8 +176,37 @@ class HardSwish(nn.Module):
         return self.head(self.activation(self.second(self.activation(self.first(x)))).mean((2, 3)))
 
 
+class Silu(nn.Module):
+    """SiLU in place and not, and a residual around it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = conv(3, 8), conv(8, 8)
+        self.silu, self.head = nn.SiLU(inplace=True), nn.Linear(8, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.silu(self.first(x))
+        return self.head((x + functional.silu(self.second(x))).mean((2, 3)))
+
+
+class HardExcite(nn.Module):
+    """MobileNetV3: channel weights from a hard-sigmoid behind a convolution, and a hard-swish behind a linear."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.relu, self.pool = conv(3, 8), nn.ReLU(inplace=True), nn.AdaptiveAvgPool2d(1)
+        self.squeeze, self.excite, self.gate = conv(8, 4, 1), conv(4, 8, 1), nn.Hardsigmoid(inplace=True)
+        self.hidden, self.activation, self.head = nn.Linear(8, 16), nn.Hardswish(inplace=True), nn.Linear(16, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.relu(self.conv(x))
+        x = self.gate(self.excite(self.relu(self.squeeze(self.pool(x))))) * x
+        return self.head(self.activation(self.hidden(self.pool(x).flatten(1))))
+
+
 PATTERNS: dict[str, type[nn.Module]] = {
-    net.__name__: net for net in (Residual, SqueezeExcite, Fire, Shuffle, Padded, Shared, Sums, HardSwish)
+    net.__name__: net
+    for net in (Residual, SqueezeExcite, Fire, Shuffle, Padded, Shared, Sums, HardSwish, Silu, HardExcite)
 }
 
 

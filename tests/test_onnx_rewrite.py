@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import onnxruntime
 import pytest
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
+from edgecompress.integer_graph import inspect_integer_graph
 from edgecompress.onnx_rewrite import rewrite
 
 SHAPE = [2, 3, 7, 9]
@@ -79,21 +81,31 @@ def outputs(model: onnx.ModelProto, *, optimized: bool) -> list[np.ndarray]:
     return made
 
 
-def rewritten(model: onnx.ModelProto) -> tuple[dict[str, int], Counter[str]]:
-    """Rewrite, check that the outputs stayed, and count what is left."""
+def rewritten(model: onnx.ModelProto, *, tie: float = 0.0) -> tuple[dict[str, int], Counter[str]]:
+    """Rewrite, check that the outputs stayed, and count what is left.
+
+    Integers must be equal; one in twenty may move by `tie`, the step of a value that lay just between two.
+    """
     before = [outputs(model, optimized=optimized) for optimized in (False, True)]
     integers = any(node.op_type == "QuantizeLinear" for node in model.graph.node)
     made = rewrite(model)
     onnx.checker.check_model(model, full_check=True)
     for optimized, wanted in zip((False, True), before, strict=True):
         for left, right in zip(wanted, outputs(model, optimized=optimized), strict=True):
-            if integers:
+            if tie:
+                assert np.abs(left - right).max() <= 1.001 * tie
+                assert (left != right).mean() < 0.05
+            elif integers:
                 np.testing.assert_array_equal(left, right)
             else:
                 np.testing.assert_allclose(left, right, rtol=1e-5, atol=1e-5)
     used = {name for node in model.graph.node for name in node.input}
     assert all(tensor.name in used for tensor in model.graph.initializer)
     return made, Counter(node.op_type for node in model.graph.node)
+
+
+def counts(*, pads: int = 0, means: int = 0, sums: int = 0) -> dict[str, int]:
+    return {"pad_into_conv": pads, "mean_as_global_pool": means, "hard_sigmoid_as_sum": sums}
 
 
 def pads_of_conv(model: onnx.ModelProto) -> list[int]:
@@ -108,7 +120,7 @@ def test_float_pad_moves_into_the_convolution(own: list[int] | None, value: floa
     attributes = {} if own is None else {"pads": own}
     model = graph.model(graph.conv(graph.pad("input", value=value), strides=[2, 1], **attributes))
     made, left = rewritten(model)
-    assert made == {"pad_into_conv": 1, "mean_as_global_pool": 0}
+    assert made == counts(pads=1)
     assert left == {"Conv": 1}
     assert pads_of_conv(model) == [a + b for a, b in zip(own or [0, 0, 0, 0], [0, 1, 2, 3], strict=True)]
 
@@ -200,7 +212,7 @@ def test_pads_that_mean_something_else_stay(case: str) -> None:
     model = graph.model(*HANDS_OFF_PADS[case](graph))
     before = [node.SerializeToString() for node in model.graph.node]
     made, _ = rewritten(model)
-    assert made == {"pad_into_conv": 0, "mean_as_global_pool": 0}
+    assert made == counts()
     assert [node.SerializeToString() for node in model.graph.node] == before
 
 
@@ -216,7 +228,7 @@ def test_mean_over_the_image_becomes_a_pool(axes: list[int], keepdims: int | Non
     pooled = mean(graph, graph.node("Neg", "input"), axes, **attributes)
     model = graph.model(graph.node("Neg", pooled))
     made, left = rewritten(model)
-    assert made == {"pad_into_conv": 0, "mean_as_global_pool": 1}
+    assert made == counts(means=1)
     assert left == {"Neg": 2, "GlobalAveragePool": 1} | ({"Flatten": 1} if keepdims == 0 else {})
     assert outputs(model, optimized=False)[0].shape == ((2, 3) if keepdims == 0 else (2, 3, 1, 1))
 
@@ -261,3 +273,93 @@ def test_mean_of_three_axes_stays() -> None:
     made, left = rewritten(model)
     assert made["mean_as_global_pool"] == 0
     assert left == {"Reshape": 1, "ReduceMean": 1}
+
+
+def hard_sigmoid(graph: Graph, source: str, *, scale: float = 1 / 255, zero_point: int = 0, **attributes: Any) -> str:
+    """Between integers: quantized to `scale` and read back."""
+    attributes = {"alpha": 1 / 6, "beta": 0.5} | attributes
+    return graph.pair(graph.node("HardSigmoid", source, **attributes), scale, zero_point)
+
+
+def quantized_conv(graph: Graph, source: str) -> str:
+    """A convolution of integers with an int32 bias at the accumulator's scale, per channel."""
+    weight = graph.generator.integers(-127, 128, size=(4, 3, 3, 3))
+    scales = np.array([0.01, 0.02, 0.005, 0.03], np.float32)
+    zeros = graph.constant([0] * 4, np.int8)
+    read_weight = graph.node("DequantizeLinear", graph.constant(weight, np.int8), graph.constant(scales), zeros, axis=0)
+    bias = graph.constant([-4000, 0, 900, 12000], np.int32)
+    read_bias = graph.node("DequantizeLinear", bias, graph.constant(0.03 * scales), axis=0)
+    return graph.node("Conv", graph.pair(source), read_weight, read_bias)
+
+
+@pytest.mark.parametrize(("alpha", "beta"), [(1 / 6, 0.5), (0.2, 0.5), (1.0, 0.25)])
+def test_hard_sigmoid_of_integers_becomes_a_sum(alpha: float, beta: float) -> None:
+    graph = Graph()
+    model = graph.model(hard_sigmoid(graph, graph.pair("input"), alpha=alpha, beta=beta))
+    made, left = rewritten(model, tie=1 / 255)  # zero gives 127.5 steps, and is common
+    assert made == counts(sums=1)
+    assert left == {"QuantizeLinear": 2, "DequantizeLinear": 3, "Add": 1}
+
+
+def test_hard_swish_of_integers_stays_the_same_and_runs_on_integers(tmp_path: Path) -> None:
+    graph = Graph()
+    values = graph.pair("input")
+    model = graph.model(graph.pair(graph.node("Mul", values, hard_sigmoid(graph, values))))
+    made, _ = rewritten(model)
+    assert made == counts(sums=1)
+    onnx.save(model, tmp_path / "net.onnx")
+    found = inspect_integer_graph(tmp_path / "net.onnx").op_counts
+    assert found == {"DequantizeLinear": 1, "QLinearAdd": 1, "QLinearMul": 1, "QuantizeLinear": 1}
+
+
+def test_hard_sigmoid_behind_a_convolution_costs_nothing() -> None:
+    graph = Graph()
+    model = graph.model(hard_sigmoid(graph, quantized_conv(graph, "input")))
+    wanted = outputs(model, optimized=False)[0]
+    assert {0.0, 1.0} < set(np.unique(wanted).tolist())  # both ends clamp, and there is something between
+    assert rewrite(model) == counts(sums=1)
+    assert "HardSigmoid" not in Counter(node.op_type for node in model.graph.node)
+    onnx.checker.check_model(model, full_check=True)
+    for optimized in (False, True):
+        difference = np.abs(outputs(model, optimized=optimized)[0] - wanted) * 255
+        # The 3 in the bias is rounded to a step of the accumulator, which moves a value that sat next to a tie.
+        assert difference.max() <= 1.001
+        assert (difference > 0.5).mean() < 0.01
+
+
+def _quantized_twice(graph: Graph) -> list[str]:
+    return [graph.pair(hard_sigmoid(graph, graph.pair("input")), 0.02, 3)]
+
+
+def _hard_sigmoid_is_an_output(graph: Graph) -> list[str]:
+    share = graph.node("HardSigmoid", graph.pair("input"), alpha=1 / 6, beta=0.5)
+    return [graph.pair(share, 1 / 255, 0), share]
+
+
+def _integers_are_read_raw(graph: Graph) -> list[str]:
+    share = graph.node("HardSigmoid", graph.pair("input"), alpha=1 / 6, beta=0.5)
+    return [graph.quantize(share, 1 / 255, 0)]
+
+
+HANDS_OFF_HARD_SIGMOIDS = {
+    "float": lambda graph: [graph.node("HardSigmoid", "input")],
+    "float before": lambda graph: [hard_sigmoid(graph, graph.node("Neg", "input"))],
+    "narrower": lambda graph: [hard_sigmoid(graph, graph.pair("input"), scale=0.5 / 255)],
+    "wider": lambda graph: [hard_sigmoid(graph, graph.pair("input"), scale=2 / 255)],
+    "zero point": lambda graph: [hard_sigmoid(graph, graph.pair("input"), zero_point=1)],
+    "falling": lambda graph: [hard_sigmoid(graph, graph.pair("input"), alpha=-0.2)],
+    "float convolution": lambda graph: [hard_sigmoid(graph, graph.conv("input"))],
+    "two pairs": _quantized_twice,
+    "graph output": _hard_sigmoid_is_an_output,
+    "raw integers": _integers_are_read_raw,
+}
+
+
+@pytest.mark.parametrize("case", HANDS_OFF_HARD_SIGMOIDS)
+def test_hard_sigmoids_that_mean_something_else_stay(case: str) -> None:
+    graph = Graph()
+    model = graph.model(*HANDS_OFF_HARD_SIGMOIDS[case](graph))
+    before = [node.SerializeToString() for node in model.graph.node]
+    made, _ = rewritten(model)
+    assert made == counts()
+    assert [node.SerializeToString() for node in model.graph.node] == before

@@ -56,7 +56,22 @@ EXPECTED: dict[str, tuple[dict[str, int], int, int]] = {
     "Shared": ({"QLinearConv": 3, "QLinearGlobalAveragePool": 1, "QGemm": 1}, 1, 0),
     # x + 1 is a float island: one way out of the integers and one back in; so is the relu of a tensor with two readers.
     "Sums": ({"QLinearConv": 3, "QLinearAdd": 2, "QLinearGlobalAveragePool": 1, "QGemm": 1, "Add": 1}, 3, 2),
-    "HardSwish": ({"QLinearConv": 2, "QGemm": 1}, 3, 2),
+    "HardSwish": (
+        {"QLinearConv": 2, "QLinearAdd": 2, "QLinearMul": 2, "QLinearGlobalAveragePool": 1, "QGemm": 1},
+        1,
+        0,
+    ),
+    "Silu": (
+        {"QLinearConv": 2, "QLinearSigmoid": 2, "QLinearMul": 2, "QLinearAdd": 1, "QLinearGlobalAveragePool": 1},
+        1,
+        0,
+    ),
+    # The hard-sigmoid behind the convolution costs no node at all; the one behind the linear a QLinearAdd.
+    "HardExcite": (
+        {"QLinearConv": 3, "QLinearMul": 2, "QLinearAdd": 1, "QLinearGlobalAveragePool": 2, "QGemm": 2},
+        1,
+        0,
+    ),
 }
 LAYERS: dict[str, tuple[str, ...]] = {
     "Residual": ("conv", "depthwise", "project", "hidden", "head"),
@@ -67,8 +82,22 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "Shared": ("conv", "shared", "shared", "head"),
     "Sums": ("first", "second", "third", "head"),
     "HardSwish": ("first", "second", "head"),
+    "Silu": ("first", "second", "head"),
+    "HardExcite": ("conv", "squeeze", "excite", "hidden", "head"),
 }
-_FLOAT_WORK = {"Conv", "Gemm", "MatMul", "Relu", "Clip", "GlobalAveragePool", "AveragePool", "Pad", "Mul", "Sigmoid"}
+_FLOAT_WORK = {
+    "Conv",
+    "Gemm",
+    "MatMul",
+    "Relu",
+    "Clip",
+    "GlobalAveragePool",
+    "AveragePool",
+    "Pad",
+    "Mul",
+    "Sigmoid",
+    "HardSigmoid",
+}
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +123,7 @@ def test_pattern_runs_on_integers(pattern: Callable[[str], Exported], name: str)
     assert net.graph.int8_mac_coverage == 1.0
     assert net.model.quantized_layers == LAYERS[name]
     assert net.model.float_layers == ()
-    if name not in ("Sums", "HardSwish"):
+    if name != "Sums":
         assert net.graph.float_islands == []
         assert not _FLOAT_WORK & counts.keys()
 
@@ -116,16 +145,25 @@ def test_runtime_gives_what_the_simulation_gives(pattern: Callable[[str], Export
     assert np.abs(simulated.numpy() - wanted).mean() < 0.05 * wanted.std()
 
 
-def test_mean_as_pool_and_pads_were_rewritten(pattern: Callable[[str], Exported]) -> None:
-    assert pattern("Padded").rewrites == {"pad_into_conv": 2, "mean_as_global_pool": 1}
-    assert pattern("SqueezeExcite").rewrites == {"pad_into_conv": 0, "mean_as_global_pool": 2}
+@pytest.mark.parametrize(
+    ("name", "made"),
+    [("Padded", (2, 1, 0)), ("SqueezeExcite", (0, 2, 0)), ("HardSwish", (0, 1, 2)), ("HardExcite", (0, 2, 2))],
+)
+def test_graphs_were_rewritten(pattern: Callable[[str], Exported], name: str, made: tuple[int, int, int]) -> None:
+    names = ("pad_into_conv", "mean_as_global_pool", "hard_sigmoid_as_sum")
+    assert pattern(name).rewrites == dict(zip(names, made, strict=True))
 
 
-def test_hard_swish_islands_are_float_and_hold_no_macs(pattern: Callable[[str], Exported]) -> None:
-    islands = pattern("HardSwish").graph.float_islands
-    assert len(islands) == 2
-    assert all(island["macs_share"] == 0.0 for island in islands)
-    assert all({"HardSigmoid", "Mul"} & island["op_types"].keys() for island in islands)
+@pytest.mark.parametrize("name", ["Residual", "SqueezeExcite", "Fire", "Shuffle", "HardSwish", "Silu", "HardExcite"])
+def test_int8_activations_run_the_same_integer_graph(tmp_path: Path, name: str) -> None:
+    """As Arm builds of the runtime do."""
+    model = quantized(seeded(PATTERNS[name]()), scheme=Scheme("int8", 8))
+    export(model.graph, tmp_path / "net.onnx")
+    graph = inspect_integer_graph(tmp_path / "net.onnx", on_arm=True)
+    operators, quantize_nodes, dequantize_nodes = EXPECTED[name]
+    assert {operator: graph.op_counts.get(operator, 0) for operator in operators} == operators
+    assert (graph.quantize_nodes, graph.dequantize_nodes) == (quantize_nodes, dequantize_nodes)
+    assert graph.float_islands == []
 
 
 @pytest.mark.slow

@@ -20,6 +20,7 @@ from torch.fx import GraphModule, Node
 from torchao.quantization.pt2e.observer import PerChannelMinMaxObserver
 from torchao.quantization.pt2e.quantizer import (
     DerivedQuantizationSpec,
+    FixedQParamsQuantizationSpec,
     QuantizationAnnotation,
     QuantizationSpec,
     Quantizer,
@@ -28,15 +29,19 @@ from torchao.quantization.pt2e.quantizer import (
 
 from edgecompress.configuration import did_you_mean
 from edgecompress.errors import ConfigurationError
+from edgecompress.int8.decompose import decompose_activations
 from edgecompress.int8.scheme import Scheme
 
 _ANNOTATION = "quantization_annotation"
 aten = torch.ops.aten
 
 # A dot product with weights: QLinearConv, QGemm.
-_COMPUTE = {aten.conv2d.default, aten.conv2d.padding, aten.conv1d.default, aten.linear.default}
+_CONVOLUTIONS = {aten.conv2d.default, aten.conv2d.padding, aten.conv1d.default}
+_COMPUTE = {*_CONVOLUTIONS, aten.linear.default}
 # Clamps that the kernel before them absorbs, since the quantized range ends where the clamp does.
 _CLAMPS = {aten.relu.default, aten.relu_.default, aten.relu6.default, aten.hardtanh.default, aten.hardtanh_.default}
+# Clamps to [0, 1] of x / 6 + 1 / 2: absorbed as well, the slope by the scale and the shift by the bias.
+_HARD_SIGMOIDS = {aten.hardsigmoid.default, aten.hardsigmoid_.default}
 # Two tensors, element by element: QLinearAdd, QLinearMul.
 _ELEMENTWISE = {aten.add.Tensor, aten.add_.Tensor, aten.mul.Tensor, aten.mul_.Tensor}
 # A pooling kernel with scales of its own: QLinearGlobalAveragePool, QLinearAveragePool.
@@ -110,13 +115,26 @@ class OnnxRuntimeQuantizer(Quantizer):  # type: ignore[misc]  # torchao ships no
             qscheme=torch.per_channel_symmetric,
             ch_axis=0,
         )
-        self._quantized: set[Node] = set()
+        # Zero to one whatever the images say: the quantized range is what clamps a hard-sigmoid.
+        self._share = FixedQParamsQuantizationSpec(
+            dtype=scheme.activation_dtype,
+            scale=1.0 / (high - low),
+            zero_point=low,
+            quant_min=low,
+            quant_max=high,
+            qscheme=torch.per_tensor_affine,
+        )
+        self._quantized: dict[Node, Any] = {}  # the spec of every tensor that is integers already
+
+    def transform_for_annotation(self, model: GraphModule) -> GraphModule:
+        """Write activations without an integer kernel as products of some that have one."""
+        return decompose_activations(model)
 
     def annotate(self, model: GraphModule) -> GraphModule:
         """Walk the graph from input to output once; every node sees whether its inputs are integers."""
         nodes = list(model.graph.nodes)
         self._check_globs([module_name(node) for node in nodes if node.target in _COMPUTE])
-        self._quantized = set()
+        self._quantized = {}
         for node in nodes:
             if node.op != "call_function":
                 continue
@@ -124,7 +142,7 @@ class OnnxRuntimeQuantizer(Quantizer):  # type: ignore[misc]  # torchao ships no
                 self._annotate_compute(node)
             elif node.target in _ELEMENTWISE:
                 self._annotate_elementwise(node)
-            elif node.target in _POOLING or node.target in _LOOKUP:
+            elif node.target in _POOLING or node.target in _LOOKUP or node.target in _HARD_SIGMOIDS:
                 self._annotate_unary(node)
             elif node.target in _MOVERS:
                 self._annotate_mover(node)
@@ -148,7 +166,7 @@ class OnnxRuntimeQuantizer(Quantizer):  # type: ignore[misc]  # torchao ships no
         source, weight = node.args[0], node.args[1]
         assert isinstance(source, Node)
         assert isinstance(weight, Node)
-        inputs: dict[Node, Any] = {source: self._activation, weight: self._weight}
+        inputs: dict[Node, Any] = {source: self._spec_of(source), weight: self._weight}
         bias = node.args[2] if len(node.args) > 2 else None
         if isinstance(bias, Node):
             inputs[bias] = self._bias_spec(source, weight, node)
@@ -158,7 +176,7 @@ class OnnxRuntimeQuantizer(Quantizer):  # type: ignore[misc]  # torchao ships no
     def _annotate_elementwise(self, node: Node) -> None:
         sources = _nodes(node.args[:2])
         if len(sources) == 2 and all(self._is_integer(source) for source in sources):
-            self._mark(node, dict.fromkeys(sources, self._activation), self._output_of(node))
+            self._mark(node, {source: self._spec_of(source) for source in sources}, self._output_of(node))
 
     def _annotate_unary(self, node: Node) -> None:
         source = node.args[0]
@@ -166,7 +184,9 @@ class OnnxRuntimeQuantizer(Quantizer):  # type: ignore[misc]  # torchao ships no
             return
         if node.target is aten.mean.dim and not _is_global_mean(node):
             return
-        self._mark(node, {source: self._activation}, node)
+        if node in self._quantized:
+            return  # the kernel before it absorbs it
+        self._mark(node, {source: self._spec_of(source)}, node)
 
     def _annotate_mover(self, node: Node) -> None:
         first = node.args[0]
@@ -176,32 +196,32 @@ class OnnxRuntimeQuantizer(Quantizer):  # type: ignore[misc]  # torchao ships no
         if node.target in (aten.pad.default, aten.constant_pad_nd.default) and not _pads_with_zero(node):
             return
         shared = SharedQuantizationSpec((sources[0], node))
-        inputs: dict[Node, Any] = {sources[0]: self._activation}
+        inputs: dict[Node, Any] = {sources[0]: self._spec_of(sources[0])}
         inputs.update({source: shared for source in sources[1:] if source is not sources[0]})
         node.meta[_ANNOTATION] = QuantizationAnnotation(input_qspec_map=inputs, output_qspec=shared, _annotated=True)
-        self._quantized.add(node)
+        self._quantized[node] = self._spec_of(sources[0])
 
     def _annotate_splitter(self, node: Node) -> None:
         source = node.args[0]
         if not isinstance(source, Node) or not self._is_integer(source):
             return
         node.meta[_ANNOTATION] = QuantizationAnnotation(
-            input_qspec_map={source: self._activation}, output_qspec=None, _annotated=True
+            input_qspec_map={source: self._spec_of(source)}, output_qspec=None, _annotated=True
         )
         for piece in node.users:
             shared = SharedQuantizationSpec((source, node))
             piece.meta[_ANNOTATION] = QuantizationAnnotation(input_qspec_map={}, output_qspec=shared, _annotated=True)
-            self._quantized.add(piece)
+            self._quantized[piece] = self._spec_of(source)
 
     def _mark(self, node: Node, inputs: dict[Node, Any], output: Node | None) -> None:
         """Annotate `node`; its integers come out of `output`, the clamp it absorbs or itself."""
         node.meta[_ANNOTATION] = QuantizationAnnotation(
-            input_qspec_map=inputs, output_qspec=self._activation if output is node else None, _annotated=True
+            input_qspec_map=inputs, output_qspec=self._output_spec(node) if output is node else None, _annotated=True
         )
         if output is not None and output is not node:
-            output.meta[_ANNOTATION] = QuantizationAnnotation(output_qspec=self._activation, _annotated=True)
+            output.meta[_ANNOTATION] = QuantizationAnnotation(output_qspec=self._output_spec(output), _annotated=True)
         if output is not None:
-            self._quantized.add(output)
+            self._quantized[output] = self._output_spec(output)
 
     def _output_of(self, node: Node) -> Node | None:
         """The node whose output is quantized: a clamp that follows alone, else the node itself.
@@ -212,9 +232,18 @@ class OnnxRuntimeQuantizer(Quantizer):  # type: ignore[misc]  # torchao ships no
         users = list(node.users)
         if len(users) == 1 and users[0].target in _CLAMPS and _clamps_from_zero(users[0]):
             return users[0]
+        if len(users) == 1 and users[0].target in _HARD_SIGMOIDS and node.target in _CONVOLUTIONS:
+            return users[0]
         if users and all(user.op == "output" for user in users) and node.target is aten.linear.default:
             return None
         return node
+
+    def _output_spec(self, node: Node) -> Any:
+        return self._share if node.target in _HARD_SIGMOIDS else self._activation
+
+    def _spec_of(self, source: Node) -> Any:
+        """How a tensor is quantized where it is read: as where it was made, so that it is quantized once."""
+        return self._quantized.get(source, self._activation)
 
     def _is_integer(self, node: Node) -> bool:
         return node in self._quantized
