@@ -221,7 +221,7 @@ def training_context(
     def log(record: EpochRecord) -> None:
         run.append_metrics({**labels, **record.__dict__})
 
-    context = StageContext(
+    return StageContext(
         recipe=recipe,
         data=data,
         splits=splits,
