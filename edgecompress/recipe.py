@@ -179,7 +179,9 @@ class PruneStage(TrainingSettings):
 class CalibrationSettings(FrozenSettings):
     """How activation ranges are found. Images come from train, never from what is reported."""
 
-    method: Literal["minmax", "histogram", "percentile"] = "histogram"
+    method: Literal["minmax", "percentile", "entropy", "mse", "histogram"] = Field(
+        default="mse", description="mse: least squared error; histogram is an old name of it"
+    )
     samples: PositiveInt = 256
     percentile: Annotated[float, Field(gt=50, le=100)] = 99.999
     batch_size: PositiveInt = 32

@@ -1,107 +1,235 @@
 """Activation ranges from a stream of batches, in memory that does not grow with the number of images.
 
-What enters: float tensors, batch after batch, through a PT2E observer. What leaves: a scale and a zero point.
-Min-max and the error-minimizing histogram are torchao's own; the percentile is ours, kept as a histogram
-that widens as larger values arrive.
+What enters: float tensors, batch after batch, through a PT2E observer. What leaves: a scale and a zero point, and
+whether the ranges had settled. The ends of all values are exact; what lies between them is counted in a histogram that
+doubles its range when a larger value arrives, from a strided sample of each batch (a full count costs more than the
+forward pass does).
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torchao.quantization.pt2e.observer import HistogramObserver, MinMaxObserver
+from torch.fx import GraphModule
+from torchao.quantization.pt2e.observer import MinMaxObserver
 
-_BINS = 2048
+from edgecompress import console
+from edgecompress.int8.histogram import BINS, Histogram, Range, entropy_range, error_range, percentile_range
+from edgecompress.int8.quantizer import module_name
+
+MAX_COUNTED = 2**17  # values of one batch that are counted
+
+_MOVED = 0.1  # share of its width by which a range moves at most once it has settled
+_MANY = 0.2  # share of tensors that may move more
+_WORST = 3
 
 
-class _NotesNonFinite:
-    """Remembers that NaN or infinity was seen, and skips such a batch.
-
-    torchao's histogram raises for NaN, far from where the layer's name is known, and leaves infinity out in silence.
-    """
+class RangeObserver(MinMaxObserver):  # type: ignore[misc]  # torchao ships no types
+    """The smallest and the largest value seen. NaN and infinity are remembered, and such a batch is skipped."""
 
     saw_non_finite = False
+    min_val: Tensor
+    max_val: Tensor
 
     def forward(self, values: Tensor) -> Tensor:
         """Observe one batch and hand it on unchanged."""
-        if not bool(torch.isfinite(values).all()):
+        if not values.numel():
+            return values
+        low, high = torch.aminmax(values.detach())  # NaN comes through, so no pass of its own is needed to find it
+        if not math.isfinite(float(low)) or not math.isfinite(float(high)):
             self.saw_non_finite = True
             return values
-        observed: Tensor = super().forward(values)  # type: ignore[misc]  # the observer that comes next
-        return observed
+        self.min_val = torch.minimum(self.min_val, low.float())
+        self.max_val = torch.maximum(self.max_val, high.float())
+        self._count(values.detach())
+        return values
+
+    def _count(self, values: Tensor) -> None:
+        """What else is kept of a batch: here, nothing."""
+
+    def chosen_range(self) -> Range:
+        """The ends that the method chooses from what was seen so far."""
+        return float(self.min_val), float(self.max_val)
+
+    def calculate_qparams(self) -> tuple[Tensor, Tensor]:
+        """Scale and zero point of the chosen range."""
+        low, high = (torch.tensor(end, dtype=torch.float32) for end in self.chosen_range())
+        scale, zero_point = self._calculate_qparams(low, high)
+        return scale, zero_point
 
 
-class RangeObserver(_NotesNonFinite, MinMaxObserver):  # type: ignore[misc]  # torchao ships no types
-    """The smallest and the largest value seen."""
+class CountingObserver(RangeObserver):
+    """Keeps a histogram of the values seen; subclasses choose a range by it.
 
-
-class ErrorObserver(_NotesNonFinite, HistogramObserver):  # type: ignore[misc]  # torchao ships no types
-    """The range with the least squared error over a histogram of the values seen."""
-
-
-class PercentileObserver(_NotesNonFinite, MinMaxObserver):  # type: ignore[misc]  # torchao ships no types
-    """Clips the range at a percentile of all values seen, the same share left out in total at both ends.
-
-    The histogram holds counts over a symmetric range that doubles when a larger value arrives, so merging
-    two bins into one is exact and no value is ever split or lost.
+    The histogram spans a symmetric power of two that doubles when a larger value arrives, so merging two bins into one
+    is exact. Of a batch with more than MAX_COUNTED values a strided sample is counted, each with the weight of those
+    it stands for; the stride shares no factor with any side of the tensor, so no channel or column is left out.
     """
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.register_buffer("counts", torch.zeros(BINS, dtype=torch.float64))
+        self.limit = 0.0
+        self._batches = 0
+
+    def _count(self, values: Tensor) -> None:
+        largest = max(-float(self.min_val), float(self.max_val))
+        if largest == 0.0:
+            self.counts[BINS // 2] += values.numel()
+            return
+        self._widen(largest)
+        stride = _stride(values)
+        flat = _in_memory_order(values)[self._batches % stride :: stride].float()
+        self._batches += 1
+        found = torch.histc(flat, BINS, min=-self.limit, max=self.limit).double()
+        self.counts += found * (values.numel() / flat.numel())
+
+    def _widen(self, largest: float) -> None:
+        """Double the range until it holds `largest`; pairs of bins merge into the middle half."""
+        if self.limit == 0.0:  # nothing but zeros so far, and they stay in their bin
+            self.limit = 2.0 ** math.ceil(math.log2(largest))
+        while self.limit < largest:
+            merged = self.counts.view(BINS // 2, 2).sum(dim=1)
+            self.counts.zero_()
+            self.counts[BINS // 4 : 3 * BINS // 4] = merged
+            self.limit *= 2.0
+
+    def histogram(self) -> Histogram:
+        """What was counted so far."""
+        return Histogram(self.counts, self.limit, float(self.min_val), float(self.max_val))
+
+    def chosen_range(self) -> Range:
+        """The ends that the method chooses from what was seen so far."""
+        if self.limit == 0.0 or not float(self.counts.sum()):
+            return float(self.min_val), float(self.max_val)
+        return self._choose(self.histogram())
+
+    def _choose(self, histogram: Histogram) -> Range:
+        raise NotImplementedError
+
+    @property
+    def levels(self) -> int:
+        """How many integers a value may become."""
+        return int(self.quant_max) - int(self.quant_min) + 1
+
+
+class PercentileObserver(CountingObserver):
+    """Clips the range at a percentile of all values seen, the same share left out at both ends."""
 
     def __init__(self, percentile: float = 99.999, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.percentile = percentile
-        self.register_buffer("counts", torch.zeros(_BINS, dtype=torch.float64))
-        self.register_buffer("limit", torch.zeros((), dtype=torch.float64))
 
-    def forward(self, values: Tensor) -> Tensor:
-        """Count the values of one batch and hand the batch on unchanged."""
-        super().forward(values)
-        if self.saw_non_finite:
-            return values
-        flat = values.detach().to(torch.float32).flatten()
-        largest = float(flat.abs().max()) if flat.numel() else 0.0
-        if largest == 0.0:
-            self.counts[_BINS // 2] += flat.numel()
-            return values
-        if float(self.limit) == 0.0:
-            zeros = self.counts.sum()
-            self.counts.zero_()
-            self.limit.fill_(largest)
-            self.counts[_BINS // 2] = zeros
-        while float(self.limit) < largest:
-            self._double()
-        limit = float(self.limit)
-        self.counts += torch.histc(flat, _BINS, min=-limit, max=limit).to(torch.float64)
-        return values
+    def _choose(self, histogram: Histogram) -> Range:
+        return percentile_range(histogram, self.percentile)
 
-    def _double(self) -> None:
-        """Widen the range twofold: pairs of bins merge into the middle half."""
-        merged = self.counts.view(_BINS // 2, 2).sum(dim=1)
-        self.counts.zero_()
-        self.counts[_BINS // 4 : 3 * _BINS // 4] = merged
-        self.limit.mul_(2)
 
-    def clipped_range(self) -> tuple[Tensor, Tensor]:
-        """The range [low, high] that leaves out (100 - percentile) / 2 % of the values at each end."""
-        total = self.counts.sum()
-        tail = total * (1.0 - self.percentile / 100.0) / 2.0
-        cumulative = self.counts.cumsum(0)
-        width = 2.0 * float(self.limit) / _BINS
-        low_bin = int((cumulative <= tail).sum())
-        high_bin = int((cumulative < total - tail).sum())
-        low = torch.tensor(-float(self.limit) + low_bin * width, dtype=torch.float32)
-        high = torch.tensor(-float(self.limit) + (high_bin + 1) * width, dtype=torch.float32)
-        return torch.maximum(low, self.min_val), torch.minimum(high, self.max_val)
+class ErrorObserver(CountingObserver):
+    """The range with the least squared error of the quantized values."""
 
-    def calculate_qparams(self) -> tuple[Tensor, Tensor]:
-        """Scale and zero point of the clipped range."""
-        scale, zero_point = self._calculate_qparams(*self.clipped_range())
-        return scale, zero_point
+    def _choose(self, histogram: Histogram) -> Range:
+        return error_range(histogram, self.levels)
+
+
+class EntropyObserver(CountingObserver):
+    """The range whose quantized distribution diverges least from that of the values."""
+
+    def _choose(self, histogram: Histogram) -> Range:
+        return entropy_range(histogram, self.levels)
 
 
 def activation_observer(method: str, percentile: float) -> Any:
-    """The observer constructor of a calibration method, as PT2E wants it."""
+    """The observer constructor of a calibration method, as PT2E wants it. `histogram` is an old name of `mse`."""
     if method == "percentile":
         return PercentileObserver.with_args(percentile=percentile)
-    return {"minmax": RangeObserver, "histogram": ErrorObserver}[method]
+    observers = {"minmax": RangeObserver, "entropy": EntropyObserver, "mse": ErrorObserver, "histogram": ErrorObserver}
+    return observers[method]
+
+
+@dataclass(frozen=True)
+class CalibrationFacts:
+    """How far ranges moved from the first half of the calibration batches to all of them.
+
+    `worst` holds module names and the share of its width by which each range moved, the largest first.
+    """
+
+    tensors: int
+    moved: int
+    threshold: float
+    worst: tuple[tuple[str, float], ...]
+
+    @property
+    def is_narrow(self) -> bool:
+        """Whether more ranges still move than may."""
+        return self.moved > _MANY * self.tensors
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON holds it."""
+        return asdict(self) | {"is_narrow": self.is_narrow}
+
+
+class RangeWatch:
+    """Compares each tensor's range at half of the `batches` with the one at the end."""
+
+    def __init__(self, prepared: GraphModule, batches: int) -> None:
+        self._prepared = prepared
+        self._half = batches // 2
+        self._seen = 0
+        self._before: dict[str, Range] = {}
+
+    def advance(self) -> None:
+        """One batch went through."""
+        self._seen += 1
+        if self._seen == self._half:
+            self._before = {target: observer.chosen_range() for target, _, observer in self._observers()}
+
+    def finish(self) -> CalibrationFacts | None:
+        """What moved, with a warning where too much did; None where a single batch leaves nothing to compare."""
+        if not self._before or self._seen <= self._half:
+            return None
+        shifts = []
+        for target, name, observer in self._observers():
+            (low, high), (old_low, old_high) = observer.chosen_range(), self._before[target]
+            width = max(high, 0.0) - min(low, 0.0)
+            shifts.append((name, (abs(low - old_low) + abs(high - old_high)) / width if width > 0 else 0.0))
+        shifts.sort(key=lambda shift: -shift[1])
+        moved = sum(shift > _MOVED for _, shift in shifts)
+        facts = CalibrationFacts(len(shifts), moved, _MOVED, tuple(shifts[:_WORST]))
+        if facts.is_narrow:
+            worst = ", ".join(f"{name} ({shift:.0%})" for name, shift in facts.worst)
+            console.warn(
+                f"too few calibration images: from the first half of them to all, the ranges of {moved} of "
+                f"{len(shifts)} tensors moved by more than {_MOVED:.0%}; raise calibration.samples. Worst: {worst}"
+            )
+        return facts
+
+    def _observers(self) -> Iterator[tuple[str, str, RangeObserver]]:
+        """Each activation observer once, though several nodes may share it."""
+        seen: set[int] = set()
+        for node in self._prepared.graph.nodes:
+            if node.op != "call_module":
+                continue
+            observer = self._prepared.get_submodule(str(node.target))
+            if isinstance(observer, RangeObserver) and id(observer) not in seen:
+                seen.add(id(observer))
+                yield str(node.target), module_name(node.args[0]), observer
+
+
+def _stride(values: Tensor) -> int:
+    """The smallest stride that counts at most MAX_COUNTED values and shares no factor with a side of the tensor."""
+    stride = -(-values.numel() // MAX_COUNTED)
+    while stride > 1 and any(math.gcd(stride, side) > 1 for side in values.shape[1:]):
+        stride += 1
+    return stride
+
+
+def _in_memory_order(values: Tensor) -> Tensor:
+    """All values as one axis, without a copy for either layout of images."""
+    if values.dim() == 4 and values.is_contiguous(memory_format=torch.channels_last):
+        values = values.permute(0, 2, 3, 1)
+    return values.reshape(-1)

@@ -19,7 +19,7 @@ from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
 from edgecompress import console
 from edgecompress.errors import QuantizationError
-from edgecompress.int8.calibration import activation_observer
+from edgecompress.int8.calibration import RangeWatch, activation_observer
 from edgecompress.int8.capture import capture
 from edgecompress.int8.quantized_model import QuantizedModel, simulate
 from edgecompress.int8.quantizer import OnnxRuntimeQuantizer, module_name
@@ -54,6 +54,7 @@ def quantize(
     reference = _without_observers(prepared)
     if not quantizer.placement.quantized:
         raise QuantizationError("no layer of the model can be int8: it holds no Conv2d or Linear outside of exclude")
+    watch = RangeWatch(prepared, batches)
     with torch.no_grad(), console.progress("calibrating", batches) as advance:
         for batch in calibration():
             output = prepared(batch)
@@ -62,8 +63,10 @@ def quantize(
                 raise QuantizationError(
                     "the model's output is NaN or infinite on calibration images; check its weights"
                 )
+            watch.advance()
             advance()
     _check_ranges(prepared)
+    calibration_facts = watch.finish()
     graph = convert_pt2e(prepared)
     correction = "rounded to nearest"
     if stage.effort == "balanced":
@@ -76,6 +79,7 @@ def quantize(
         float_layers=tuple(quantizer.placement.float_layers),
         exclude=stage.exclude,
         reference=reference,
+        calibration=calibration_facts,
     )
 
 

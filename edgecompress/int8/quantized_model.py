@@ -22,6 +22,7 @@ from torchao.quantization.pt2e.observer import MinMaxObserver
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
 from edgecompress.errors import RunError
+from edgecompress.int8.calibration import CalibrationFacts
 from edgecompress.int8.capture import capture
 from edgecompress.int8.integer_simulation import simulate_integers
 from edgecompress.int8.quantizer import OnnxRuntimeQuantizer
@@ -41,7 +42,7 @@ class QuantizedModel:
     """An int8 model: the exportable graph, its scheme, and what was quantized.
 
     `reference` is the float graph that was quantized, batch norm folded, under the same node names; None for a model
-    that was read from its files.
+    that was read from its files, as is `calibration`, which says whether the ranges had settled.
     """
 
     graph: GraphModule
@@ -51,6 +52,7 @@ class QuantizedModel:
     exclude: tuple[str, ...]
     correction: str = ""
     reference: GraphModule | None = None
+    calibration: CalibrationFacts | None = None
 
     def simulation(self) -> GraphModule:
         """What the runtime's integer kernels give for this graph, number for number."""
