@@ -22,8 +22,9 @@ from edgecompress.evaluate import collect_logits
 from edgecompress.int8.post_training import quantize
 from edgecompress.int8.quantized_model import QuantizedModel, save_quantized
 from edgecompress.int8.scheme import Scheme, resolve_scheme
-from edgecompress.machine import describe_machine, versions
+from edgecompress.machine import describe_machine, own_target, versions
 from edgecompress.models import CreatedModel, create_model
+from edgecompress.placement_run import Placed, held_out, limits_of, place, with_float_layers
 from edgecompress.recipe import DistillStage, PruneStage, QatStage, QuantizeStage, Recipe, TrainingSettings, TrainStage
 from edgecompress.run_directory import SCHEMA_VERSION, Json, RunDirectory, write_json
 from edgecompress.run_state import (
@@ -31,6 +32,7 @@ from edgecompress.run_state import (
     Gate,
     accuracy_gate,
     cost_entry,
+    decision_of,
     evaluation_entry,
     last_float_id,
     recipe_document,
@@ -45,10 +47,6 @@ from edgecompress.target import Target
 from edgecompress.training import EpochRecord
 
 _DEFAULT_CHANNEL_MULTIPLE = 8
-_PLACEMENT_REASONS = {
-    "full": "the recipe asks for full int8",
-    "auto": "full int8, without a search for another placement; the profile measures it against fp32",
-}
 
 
 def start_manifest(recipe: Recipe, *, source: str, overrides: list[str], targets: list[str], command: str) -> Json:
@@ -260,6 +258,42 @@ def quantize_for(
     return model, len(indices)
 
 
+def _placed_model(
+    recipe: Recipe,
+    stage: QuantizeStage,
+    scheme: Scheme,
+    run: RunDirectory,
+    current: Checkpoint,
+    data: ImageData,
+    splits: PreparedSplits,
+    target: Target | None,
+) -> tuple[QuantizedModel, int]:
+    """The int8 model in the placement that the recipe asks for, or that was decided on and recorded by measuring."""
+    decided = decision_of(run.read_manifest(), "placement")
+    if stage.placement == "full":
+        placed = Placed((), "the recipe asks for full int8")
+        run.update_manifest(lambda m: record_decision(m, "placement", placed.decision, placed.why))
+    elif decided is not None:
+        console.note(f"placement: as recorded ({decided['why']})")
+        placed = Placed(tuple(decided["value"]["float_layers"]), decided["why"])
+    else:
+        model, samples = quantize_for(recipe, stage, scheme, current, data, splits)
+        placed = place(
+            model,
+            source=current,
+            stage=stage,
+            target=target or own_target(),
+            images=held_out(recipe, run, current, data, splits),
+            limits=limits_of(recipe, stage),
+            folder=run.stage(stage.id),
+        )
+        run.update_manifest(lambda m: record_decision(m, "placement", placed.decision, placed.why))
+        console.note(f"placement: {placed.why}")
+        if not placed.float_layers:
+            return model, samples
+    return quantize_for(recipe, with_float_layers(stage, placed.float_layers), scheme, current, data, splits)
+
+
 def _quantize(
     recipe: Recipe,
     stage: QuantizeStage,
@@ -270,7 +304,7 @@ def _quantize(
     target: Target | None,
 ) -> Json:
     scheme, why = resolve_scheme(stage, target)
-    model, samples = quantize_for(recipe, stage, scheme, current, data, splits)
+    model, samples = _placed_model(recipe, stage, scheme, run, current, data, splits, target)
     trained = None
     if isinstance(stage, QatStage):
         context = training_context(recipe, run, data, splits, target, {"stage": stage.id})
@@ -284,7 +318,6 @@ def _quantize(
     save_logits(run, stage.id, logits)
     name = target.name if target else "this machine"
     run.update_manifest(lambda m: record_decision(m, f"int8_scheme:{name}", scheme.to_dict(), why))
-    run.update_manifest(lambda m: record_decision(m, "placement", "full", _PLACEMENT_REASONS[stage.placement]))
     float_layers = f", {len(model.float_layers)} in float" if model.float_layers else ""
     summary = (
         f"{len(model.quantized_layers)} layers in int8{float_layers}; {scheme.activations} activations, "

@@ -343,9 +343,11 @@ def _print_rows(rows: list[dict[str, str]]) -> None:
 def _print_outcome(outcome: Outcome) -> None:
     from rich.console import Console
 
-    from edgecompress.summary import models_table, stages_table, verdict_text
+    from edgecompress.summary import models_table, slower_sentences, stages_table, verdict_text
 
     stdout = Console(highlight=False, emoji=False)
+    for sentence in slower_sentences(outcome.manifest, outcome.profiles.values()):
+        stdout.print(sentence, markup=False, soft_wrap=True, style="bold red")
     for text in outcome.manifest.get("notes", []):
         console.note(f"note: {text}")
     stdout.print(stages_table(outcome.manifest))

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # rich takes half of the time of `--help`, which prints nothing through it
     from rich.console import Console
@@ -43,6 +43,12 @@ def note(text: str) -> None:
     """One line of prose for the person who runs the command."""
     if not _settings.quiet:
         _print(text)
+
+
+def table(renderable: Any) -> None:
+    """A table of what was found on the way (rich's), for the person who runs the command."""
+    if not _settings.quiet:
+        stderr().print(renderable)
 
 
 def warn(text: str) -> None:

@@ -31,10 +31,12 @@ from edgecompress.parity import (
     constant_predictions,
     run_onnx,
 )
+from edgecompress.placement_run import with_float_layers
 from edgecompress.recipe import QatStage, QuantizeStage, Recipe
 from edgecompress.run_directory import Json, RunDirectory, atomic_path, write_json
 from edgecompress.run_state import (
     Gate,
+    decision_of,
     last_float_id,
     load_float,
     load_logits,
@@ -177,6 +179,10 @@ def _int8_model(
     console.note(
         f"quantizing again: this target wants {scheme.activations} activations, {scheme.weight_bits}-bit weights"
     )
+    decided = decision_of(manifest, "placement")
+    if decided is not None and not decided["value"].get("full_was_accurate", True):
+        # Found for another scheme; what a layer loses there it mostly loses here too. Speed says nothing here.
+        stage = with_float_layers(stage, decided["value"]["float_layers"])
     model, _ = quantize_for(recipe, stage, scheme, float_model, data, splits)
     if isinstance(stage, QatStage):
         # Weights trained for one scheme's roundings are not those of another: this target gets its own training.

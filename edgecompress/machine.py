@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from edgecompress.target import Target
+from edgecompress.target import Target, load_target
 
 ROOT = Path("/")
 _ARCHITECTURES = {"amd64": "x86_64", "x64": "x86_64", "arm64": "aarch64"}
@@ -176,6 +176,11 @@ def describe_machine(root: Path = ROOT) -> dict[str, Any]:
             "max": _megahertz(root, "cpuinfo_max_freq"),
         },
     }
+
+
+def own_target() -> Target:
+    """The shipped target of the machine at hand: arm64 or x86."""
+    return load_target("arm64" if architecture() == "aarch64" else "x86")
 
 
 def summarize_machine(facts: dict[str, Any]) -> str:

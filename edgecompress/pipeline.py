@@ -20,6 +20,7 @@ from edgecompress import console
 from edgecompress.apply_run import apply_recipe, start_manifest
 from edgecompress.errors import ConfigurationError, InputError, RunError
 from edgecompress.export_run import export_folder, export_run
+from edgecompress.machine import own_target
 from edgecompress.profile_run import profile_run
 from edgecompress.recipe import Recipe, load_recipe
 from edgecompress.report import ReportPaths, write_report
@@ -257,8 +258,6 @@ def _already_complete(run: RunDirectory) -> Outcome:
 
 def _target_of(run: RunDirectory, target: str | None) -> Target:
     """The target named, the run's first, or x86 / arm64 by the machine at hand."""
-    from edgecompress.machine import architecture
-
     if target is not None:
         return load_target(target)
     names = run.read_manifest().get("targets") or []
@@ -268,7 +267,7 @@ def _target_of(run: RunDirectory, target: str | None) -> Target:
         )
     if names:
         return load_target(str(names[0]))
-    return load_target("arm64" if architecture() == "aarch64" else "x86")
+    return own_target()
 
 
 def _profiled(run: RunDirectory) -> list[str]:

@@ -52,7 +52,7 @@ def profile_models(
         )
     paths = {name: Path(models[name]) for name in _MODELS if name in models}
     static = {name: _static(path, target) for name, path in paths.items()}
-    reasons = fits(target) + _runtime_reasons(target)
+    reasons = not_at_hand(target)
     machine = describe_machine()
     document: Json = {
         "target": target.name,
@@ -111,9 +111,10 @@ def _static(path: Path, target: Target) -> Json:
     }
 
 
-def _runtime_reasons(target: Target) -> list[str]:
+def not_at_hand(target: Target) -> list[str]:
+    """Reasons why nothing can be timed for this target on this machine; empty when it can."""
     missing = [name for name in target.providers if name not in ort.get_available_providers()]
-    return [f"this ONNX Runtime has no {', '.join(missing)}"] if missing else []
+    return fits(target) + ([f"this ONNX Runtime has no {', '.join(missing)}"] if missing else [])
 
 
 def _no_timing() -> Json:

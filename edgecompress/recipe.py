@@ -204,7 +204,17 @@ class QuantizeStage(FrozenSettings):
         default="balanced", description="fast: round to nearest; balanced: error-compensated rounding, bias correction"
     )
     placement: Literal["auto", "full"] = Field(
-        default="auto", description="both quantize every layer they can today; the profile says where that is slower"
+        default="auto",
+        description="full: all that can be int8; auto: the same if it is accurate and faster than fp32, else a search",
+    )
+    optimize: Literal["latency", "size"] = Field(
+        default="latency", description="what placement looks for among placements that are accurate enough"
+    )
+    placement_trials: Annotated[int, Field(ge=1, le=200)] = Field(
+        default=8, description="placements that the search exports and measures at most"
+    )
+    placement_seconds: Annotated[float, Field(gt=0)] = Field(
+        default=300.0, description="time after which the search begins no further trial"
     )
     scheme: SchemeSettings = SchemeSettings()
     exclude: tuple[str, ...] = Field(default=(), description="module names, as globs, that stay in float")
@@ -241,7 +251,7 @@ class Gates(FrozenSettings):
     )
     fp32_min_top1_agreement: ClosedFraction = 0.995
     int8_min_top1_agreement: ClosedFraction = Field(default=0.95, description="int8 ONNX against fp32 ONNX")
-    torch_int8_min_top1_agreement: ClosedFraction = Field(default=0.98, description="int8 ONNX against int8 PyTorch")
+    torch_int8_min_top1_agreement: ClosedFraction = Field(default=0.995, description="int8 ONNX against int8 PyTorch")
     max_samples: PositiveInt = Field(default=10_000, description="images compared at most, a seeded choice")
 
 

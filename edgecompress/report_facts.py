@@ -126,13 +126,14 @@ def _decision(
         "inconclusive": f"What was measured on {target} does not decide it.",
         "unmeasured": f"Nothing was measured on {target}, so there is no latency to judge by.",
     }
+    slower = summary.slower_sentences(manifest, [facts] if facts else [])
     resume = [*run_words(manifest, target), "--output", str(run.path), "--resume"]
     return {
         "verdict": verdict,
         "label": {"ship": "Ship", "hold": "Hold", "inconclusive": "Inconclusive", "unmeasured": "Not measured"}[
             verdict
         ],
-        "headline": headlines[verdict],
+        "headline": " ".join([*(text[0].upper() + text[1:] for text in slower), headlines[verdict]]),
         "notes": loud_notes(manifest) + _loud_facts(parity or {}, facts),
         "reasons": list(dict.fromkeys(sayings(reasons))),
         "resume": command_text(*resume) if failed_stages or manifest.get("status") == "failed" else None,

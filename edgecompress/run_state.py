@@ -139,6 +139,11 @@ def record_decision(manifest: Json, what: str, value: Any, why: str) -> None:
     manifest["decisions"] = [*others, {"what": what, "value": value, "why": why}]
 
 
+def decision_of(manifest: Json, what: str) -> Json | None:
+    """A recorded decision: `value` and `why`; None where nothing was decided yet."""
+    return next((d for d in manifest.get("decisions", []) if d["what"] == what), None)
+
+
 def record_gates(manifest: Json, gates: list[Gate], *, step: str, target: str | None = None) -> None:
     """Replace the gates of a step (and target) by new ones."""
     others = [g for g in manifest.setdefault("gates", []) if not (g["step"] == step and g["target"] == target)]

@@ -300,6 +300,30 @@ def speed_sentence(profile: Json) -> str | None:
     return f"On {printable(profile.get('target', 'this target'))}, {said}." if said else None
 
 
+def slower_sentences(manifest: Json, profiles: Iterable[Json] = ()) -> list[str]:
+    """One sentence for each target on which int8 is slower than fp32 beyond doubt, to be said before anything else.
+
+    Profiles decide; without any, what was measured when the placement was chosen.
+    """
+    found = [(profile.get("target"), section(profile, "int8_speedup")) for profile in profiles]
+    if not found:
+        placed = [section(d, "value") for d in entries(manifest, "decisions") if d.get("what") == "placement"]
+        found = [
+            (value.get("target"), {"ratio": value.get("speedup"), "ci95": value.get("speedup_ci95")})
+            for value in placed
+        ]
+    sentences = []
+    for target, speedup in found:
+        ratio, interval = number(speedup.get("ratio")), _interval(speedup.get("ci95"))
+        if ratio is not None and interval is not None and interval[1] < 1:
+            low, high = (number_text(end) for end in interval)
+            sentences.append(
+                f"int8 is slower than fp32 on {printable(target)}: fp32 takes {number_text(ratio)} times as long "
+                f"(95 % interval {low} to {high})."
+            )
+    return sentences
+
+
 def _speed_clause(name: str, other: str, speedup: Json) -> str | None:
     ratio = number(speedup.get("ratio"))
     if ratio is None or ratio <= 0:

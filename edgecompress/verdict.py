@@ -30,6 +30,7 @@ class Verdict:
 
 @dataclass
 class _Findings:
+    slower: list[str] = field(default_factory=list)
     missed: list[str] = field(default_factory=list)
     doubts: list[str] = field(default_factory=list)
     remarks: list[str] = field(default_factory=list)
@@ -42,7 +43,8 @@ def decide(profile: Json, *, target: Target, gates_missed: Sequence[str], accura
 
     `gates_missed` are sentences about missed parity or accuracy gates; `accuracy_drop` is a fraction against
     the recipe's first model, None where it was not measured. The model judged is int8 where there is one.
-    Reasons come in order of weight: a model that is no faster than what it replaces first, then what was missed, what
+    Reasons come in order of weight: int8 that is slower than fp32 first of all, then a model
+    that is no faster than the first model, what what was missed, what
     is in doubt, what holds, and last that the machine was busy, which is in the intervals and decides nothing.
     """
     findings = _Findings()
@@ -64,7 +66,14 @@ def decide(profile: Json, *, target: Target, gates_missed: Sequence[str], accura
         verdict = "hold"
     elif findings.doubts:
         verdict = "inconclusive"
-    reasons = [*findings.remarks, *findings.missed, *findings.doubts, *findings.met, *findings.cautions]
+    reasons = [
+        *findings.slower,
+        *findings.remarks,
+        *(text for text in findings.missed if text not in findings.slower),
+        *findings.doubts,
+        *findings.met,
+        *findings.cautions,
+    ]
     return Verdict(verdict, reasons, list(findings.missed))
 
 
@@ -77,9 +86,10 @@ def _judge_speedup(profile: Json, target: Target, findings: _Findings) -> None:
     measured = f"fp32 takes {ratio:.2f} times as long as int8 (95 % interval {low:.2f} to {high:.2f})"
     asks = "" if budget is None else f"; the target asks for at least {budget:g}"
     if budget is not None and high < budget:
-        findings.missed.append(f"Int8 is {_slower(ratio, high)}: {measured}{asks}.")
+        (findings.slower if high < 1 else findings.missed).append(f"Int8 is {_slower(ratio, high)}: {measured}{asks}.")
+        findings.missed += findings.slower
     elif high < 1:  # the target allows it, and still it must not go unsaid
-        findings.remarks.append(f"Int8 is slower than fp32: {measured}{asks}.")
+        findings.slower.append(f"Int8 is slower than fp32: {measured}{asks}.")
     elif budget is not None and low < budget:
         findings.doubts.append(f"Whether int8 is fast enough is open: {measured}{asks}.")
     elif budget is None and low < 1:
