@@ -209,6 +209,35 @@ def run_command(
     _finish(work, lambda outcome: outcome.manifest, as_json, no_gate, quiet)
 
 
+@app.command()
+def sensitivity(
+    run: RunArgument = None,
+    images: Annotated[int, typer.Option("--images", min=1, help="Held-out images to measure on.")] = 32,
+    as_json: JsonOption = False,
+    no_gate: NoGateOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Measure what int8 costs in each layer: the layer alone in int8, and all layers but it."""
+    console.set_quiet(quiet)
+    with _reporting_errors(as_json):
+        _check_run_and_target(run, None)
+        _silence_library_logs()
+        with contextlib.redirect_stdout(sys.stderr):
+            from edgecompress import pipeline
+
+            outcome, document = pipeline.sensitivity(run, images=images)
+        if as_json:
+            _print_json(document)
+            return
+        from rich.console import Console
+
+        from edgecompress.placement_text import sensitivity_table
+
+        stdout = Console(highlight=False, emoji=False)
+        stdout.print(sensitivity_table(document))
+        stdout.print(f"run:    {outcome.run.path}", markup=False, soft_wrap=True)
+
+
 def _add_settings_commands(group: typer.Typer, folder: str) -> None:
     """The same three commands for recipes and for targets."""
     kind = folder.removesuffix("s")

@@ -26,6 +26,7 @@ from edgecompress.recipe import Recipe, load_recipe
 from edgecompress.report import ReportPaths, write_report
 from edgecompress.run_directory import RUNS_ROOT, Json, RunDirectory, new_run_path, open_run
 from edgecompress.run_state import missed_gates, recipe_document
+from edgecompress.sensitivity_run import sensitivity_run
 from edgecompress.shipped import shipped_path
 from edgecompress.target import Target, load_target
 
@@ -95,6 +96,13 @@ def report(path: Path | None, *, target: str | None = None) -> Outcome:
     if not names:
         raise RunError(f"{run.path}: no target yet; first: edgecompress profile {run.path} --target x86")
     return Outcome(run, manifest, reports={name: write_report(run, name) for name in names})
+
+
+def sensitivity(path: Path | None, *, images: int) -> tuple[Outcome, Json]:
+    """What int8 costs in each layer of a run's model; returns the content of sensitivity.json beside the outcome."""
+    run = open_run(path)
+    document = sensitivity_run(run, images=images)
+    return Outcome(run, run.read_manifest()), document
 
 
 def run(
