@@ -107,3 +107,9 @@ def test_an_accuracy_drop_beyond_the_limit_is_not_accurate() -> None:
 
 def test_the_front_holds_what_nothing_beats() -> None:
     assert [row["id"] for row in front([FULL, FAST, EXACT, SLOW])] == ["fast", "exact", "slow"]
+
+
+def test_without_another_placement_to_try_that_is_said() -> None:
+    chosen, why = choose([FULL], limits=LIMITS, optimize="latency", needs_speed=True)
+    assert chosen is FULL
+    assert "promises nothing" in why

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +12,9 @@ from hypothesis import strategies as st
 from rich.console import Console
 from rich.table import Table
 
-from edgecompress import summary
+from edgecompress import cli, summary
+from edgecompress.pipeline import Outcome
+from edgecompress.run_directory import RunDirectory
 
 MANIFEST: dict[str, Any] = {
     "baseline": {"id": "dense", "accuracy": 0.9778, "accuracy_split": "test"},
@@ -328,3 +331,19 @@ def test_a_target_that_was_not_at_hand_is_not_called_measured() -> None:
         "Measured on rpi5",
         "Files for rpi5, which was not at hand to measure",
     ]
+
+
+def test_a_slower_int8_is_a_sentence_of_its_own() -> None:
+    profile = {"target": "x86", "int8_speedup": {"ratio": 0.8, "ci95": [0.77, 0.83]}}
+    (sentence,) = summary.slower_sentences({}, [profile])
+    assert sentence.startswith("int8 is slower than fp32 on x86: fp32 takes 0.800 times as long")
+    assert summary.slower_sentences({}, [profile | {"int8_speedup": {"ratio": 0.98, "ci95": [0.9, 1.1]}}]) == []
+    placed = {"what": "placement", "value": {"target": "x86", "speedup": 0.8, "speedup_ci95": [0.77, 0.83]}}
+    assert summary.slower_sentences({"decisions": [placed]}) == [sentence]
+    assert summary.slower_sentences({"decisions": [{"what": "placement", "value": "full"}]}) == []
+
+
+def test_a_slower_int8_is_the_first_line_of_the_terminal(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    profile = {"target": "x86", "int8_speedup": {"ratio": 0.8, "ci95": [0.77, 0.83]}, "verdict": "hold"}
+    cli._print_outcome(Outcome(RunDirectory(tmp_path), {"notes": ["a note"]}, profiles={"x86": profile}))
+    assert capsys.readouterr().out.splitlines()[0].startswith("int8 is slower than fp32 on x86")

@@ -162,6 +162,8 @@ def choose(
     if usable:
         best = min(usable, key=_speed if optimize == "latency" else lambda trial: (trial["size_bytes"], _speed(trial)))
         return best, f"accurate enough, and of {len(usable)} such placements the one with the least {optimize}"
+    if len(trials) == 1:
+        return full, "the runtime's profile promises nothing from any other placement"
     if accurate:
         return full, f"none of {len(accurate)} placements that are accurate enough is as fast as fp32"
     return full, f"none of {len(trials)} placements is accurate enough"
