@@ -25,6 +25,9 @@ _BLOCK = 64
 # Sampled input patches per layer. A Hessian needs a few times as many samples as it has columns.
 _MIN_PATCHES = 2048
 _PATCHES_PER_COLUMN = 8
+# Ridges tried for each layer, as shares of the mean diagonal, and the share of samples (1 / n) that decides.
+_RIDGES = (0.02, 0.1, 0.5, 2.0)
+_HELD_OUT_SHARE = 4
 
 aten = torch.ops.aten
 _CONVOLUTIONS = {aten.conv2d.default, aten.conv2d.padding}
@@ -85,6 +88,12 @@ class _Stepper:
                 if dead is not node:
                     self.values.pop(dead, None)
 
+    def input_of(self, name: str) -> Any:
+        """Run up to the node `name` without it; returns the value of its first argument."""
+        while self._nodes[self._position].name != name:
+            self.run_until(self._nodes[self._position].name)
+        return self.values[self._nodes[self._position].args[0]]
+
     def constant(self, node: Node) -> Tensor:
         """The tensor that a get_attr node reads."""
         value: Any = self.graph
@@ -126,16 +135,16 @@ def _weight_sites(converted: GraphModule) -> Iterator[tuple[str, _WeightSite]]:
 
 def _treat_layer(node: Node, site: _WeightSite, int8_steps: _Stepper, float_steps: _Stepper) -> None:
     """Round one layer's weights against its own inputs, then move its bias by the mean error that is left."""
+    float_inputs = float_steps.input_of(node.name)
     float_output = float_steps.run_until(node.name)
     float_node = float_steps._nodes[float_steps._position - 1]
     weight_node = float_node.args[1]
     assert isinstance(weight_node, Node)
     weight = _float_weight(float_steps, weight_node)
-    while int8_steps._nodes[int8_steps._position] is not node:
-        int8_steps.run_until(int8_steps._nodes[int8_steps._position].name)
-    source = node.args[0]
-    assert isinstance(source, Node)
-    integers = round_compensated(weight, site.scale, int8_steps.values[source], node, low=site.low, high=site.high)
+    int8_inputs = int8_steps.input_of(node.name)
+    integers = round_compensated(
+        weight, site.scale, int8_inputs, node, low=site.low, high=site.high, float_inputs=float_inputs
+    )
     site.integers.copy_(integers)
     read_back = node.args[1]
     assert isinstance(read_back, Node)
@@ -173,22 +182,80 @@ def _per_channel(scale: Tensor, dims: int) -> Tensor:
     return scale.view([-1] + [1] * (dims - 1))
 
 
-def round_compensated(weight: Tensor, scale: Tensor, inputs: Tensor, node: Node, *, low: int, high: int) -> Tensor:
+def round_compensated(
+    weight: Tensor,
+    scale: Tensor,
+    inputs: Tensor,
+    node: Node,
+    *,
+    low: int,
+    high: int,
+    float_inputs: Tensor | None = None,
+) -> Tensor:
     """Integers [low, high] for `weight` at `scale`, chosen so that the layer's output on `inputs` changes least.
 
-    `weight` is [out, in / groups, kh, kw] or [out, in]; `scale` is [out]; returns int8 in the shape of `weight`.
+    With `float_inputs`, what `inputs` would be without any rounding before them, the output aimed at is the one on
+    those, so that a layer makes good what the layers before it lost. `weight` is [out, in / groups, kh, kw] or
+    [out, in]; `scale` is [out]; returns int8 in the shape of `weight`.
     """
     groups = int(node.args[6]) if node.target in _CONVOLUTIONS and len(node.args) > 6 else 1  # type: ignore[arg-type]
     columns = weight[0].numel()
-    if node.target in _CONVOLUTIONS:
-        patches = _patches(inputs, weight, node, groups, columns)
-    else:
-        patches = inputs.reshape(-1, columns).t().unsqueeze(0)
+    patches = _columns(inputs, weight, node, groups, columns)
     hessian = (patches @ patches.transpose(1, 2)).double()  # [groups, columns, columns]
     rows = weight.reshape(groups, -1, columns).double()
+    if float_inputs is not None:
+        rows = _aimed_at_float(rows, patches, _columns(float_inputs, weight, node, groups, columns))
     steps = scale.double().reshape(groups, -1)
     integers = _better_rows(rows, steps, hessian, _gptq(rows, steps, hessian, low, high), low, high)
     return integers.reshape(weight.shape).to(torch.int8)
+
+
+def _columns(inputs: Tensor, weight: Tensor, node: Node, groups: int, columns: int) -> Tensor:
+    """What each weight is multiplied with: [groups, columns, samples]; the same samples for inputs of one shape."""
+    if node.target in _CONVOLUTIONS:
+        return _patches(inputs, weight, node, groups, columns)
+    return inputs.reshape(-1, columns).t().unsqueeze(0)
+
+
+def _aimed_at_float(rows: Tensor, patches: Tensor, float_patches: Tensor) -> Tensor:
+    """Weights that give on rounded inputs what `rows` [groups, out, columns] give on float ones, by ridge regression.
+
+    The asymmetric calibration of Li et al., 2025, "GPTAQ". Unbounded it learns the calibration images by heart, so each
+    layer's ridge is the one that serves the last quarter of the samples (other images) best, and no change is one of
+    the choices.
+    """
+    count = patches.shape[2]
+    seen = slice(0, count - count // _HELD_OUT_SHARE)
+    unseen = slice(count - count // _HELD_OUT_SHARE, count)
+
+    def products(part: slice) -> tuple[Tensor, Tensor, Tensor]:
+        rounded, exact = patches[:, :, part], float_patches[:, :, part]
+        missing = exact - rounded
+        gram = (rounded @ rounded.transpose(1, 2)).double()
+        return gram, (missing @ rounded.transpose(1, 2)).double(), (missing @ missing.transpose(1, 2)).double()
+
+    def change(gram: Tensor, cross: Tensor, ridge: float) -> Tensor:
+        diagonal = gram.diagonal(dim1=1, dim2=2)
+        added = torch.diag_embed((ridge * diagonal.mean(dim=1, keepdim=True)).clamp_min(1e-12).expand_as(diagonal))
+        factor = torch.linalg.cholesky(gram + added)
+        return torch.cholesky_solve((rows @ cross).transpose(1, 2), factor).transpose(1, 2)
+
+    gram, cross, _ = products(seen)
+    gram_unseen, cross_unseen, missing_unseen = products(unseen)
+    best, best_loss = None, float(((rows @ missing_unseen) * rows).sum())
+    for ridge in _RIDGES:
+        moved = change(gram, cross, ridge)
+        # |rows @ missing - moved @ rounded|**2, written with the products of the inputs.
+        loss = float(
+            ((rows @ missing_unseen) * rows).sum()
+            - 2 * ((rows @ cross_unseen) * moved).sum()
+            + ((moved @ gram_unseen) * moved).sum()
+        )
+        if loss < best_loss:
+            best, best_loss = ridge, loss
+    if best is None:
+        return rows
+    return rows + change(gram + gram_unseen, cross + cross_unseen, best)
 
 
 def _better_rows(rows: Tensor, steps: Tensor, hessian: Tensor, integers: Tensor, low: int, high: int) -> Tensor:
