@@ -51,9 +51,11 @@ def seeded(module: nn.Module, seed: int = 0) -> nn.Module:
                 nn.init.normal_(child.bias, std=0.2, generator=generator)
         elif isinstance(child, nn.BatchNorm2d):
             for tensor in (child.weight, child.running_var):
-                nn.init.uniform_(tensor, 0.5, 2.0, generator=generator)
+                if tensor is not None:
+                    nn.init.uniform_(tensor, 0.5, 2.0, generator=generator)
             for tensor in (child.bias, child.running_mean):
-                nn.init.normal_(tensor, std=0.5, generator=generator)
+                if tensor is not None:
+                    nn.init.normal_(tensor, std=0.5, generator=generator)
     return module.eval()
 
 
@@ -204,10 +206,40 @@ class HardExcite(nn.Module):
         return self.head(self.activation(self.hidden(self.pool(x).flatten(1))))
 
 
-PATTERNS: dict[str, type[nn.Module]] = {
-    net.__name__: net
-    for net in (Residual, SqueezeExcite, Fire, Shuffle, Padded, Shared, Sums, HardSwish, Silu, HardExcite)
-}
+class Dense(nn.Module):
+    """DenseNet: batch norm and relu before the convolution, behind a concatenation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.relu, self.pool = conv(3, 8), nn.ReLU(inplace=True), nn.AvgPool2d(2)
+        self.norm, self.grow = nn.BatchNorm2d(8), conv(8, 4)
+        self.last, self.transition, self.head = nn.BatchNorm2d(12), conv(12, 8, 1), nn.Linear(8, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x)
+        x = torch.cat([x, self.grow(self.relu(self.norm(x)))], 1)
+        x = self.pool(self.transition(self.relu(self.last(x))))
+        return self.head(x.mean((2, 3)))
+
+
+class Upsampled(nn.Module):
+    """A small branch that is stretched and added to a large one, as in feature pyramids."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.down, self.relu = conv(3, 8), nn.Conv2d(8, 8, 3, 2, 1), nn.ReLU()
+        self.up, self.head = nn.Upsample(scale_factor=2, mode="nearest"), nn.Linear(8, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.relu(self.conv(x))
+        return self.head((x + self.up(self.relu(self.down(x)))).mean((2, 3)))
+
+
+_NETS = (
+    (Residual, SqueezeExcite, Fire, Shuffle, Padded, Shared, Sums),
+    (HardSwish, Silu, HardExcite, Dense, Upsampled),
+)
+PATTERNS: dict[str, type[nn.Module]] = {net.__name__: net for nets in _NETS for net in nets}
 
 
 def stage(**settings: Any) -> QuantizeStage:

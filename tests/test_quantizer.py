@@ -72,6 +72,13 @@ EXPECTED: dict[str, tuple[dict[str, int], int, int]] = {
         1,
         0,
     ),
+    # Both batch norms are depthwise convolutions; what is joined stays integers.
+    "Dense": (
+        {"QLinearConv": 5, "QLinearConcat": 1, "QLinearAveragePool": 1, "QLinearGlobalAveragePool": 1, "QGemm": 1},
+        1,
+        0,
+    ),
+    "Upsampled": ({"QLinearConv": 2, "Resize": 1, "QLinearAdd": 1, "QLinearGlobalAveragePool": 1, "QGemm": 1}, 1, 0),
 }
 LAYERS: dict[str, tuple[str, ...]] = {
     "Residual": ("conv", "depthwise", "project", "hidden", "head"),
@@ -84,6 +91,8 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "HardSwish": ("first", "second", "head"),
     "Silu": ("first", "second", "head"),
     "HardExcite": ("conv", "squeeze", "excite", "hidden", "head"),
+    "Dense": ("conv", "norm", "grow", "last", "transition", "head"),
+    "Upsampled": ("conv", "down", "head"),
 }
 _FLOAT_WORK = {
     "Conv",
@@ -97,6 +106,7 @@ _FLOAT_WORK = {
     "Mul",
     "Sigmoid",
     "HardSigmoid",
+    "BatchNormalization",
 }
 
 
@@ -299,6 +309,33 @@ def test_shared_weights_survive_the_fold_of_their_two_batch_norms() -> None:
     assert float((wanted - got).abs().max()) < 0.05 * float(wanted.abs().max())
 
 
+class ReadTwice(nn.Module):
+    """A convolution that its batch norm shares with an add, and batch norms without weights and before everything."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.conv, self.norm = nn.BatchNorm2d(3), conv(3, 8), nn.BatchNorm2d(8)
+        self.plain, self.head = nn.BatchNorm2d(8, affine=False), nn.Linear(8, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(self.first(x))
+        z = functional.relu(self.norm(y)) + y
+        return self.head(functional.relu(self.plain(z)).mean((2, 3)))
+
+
+@pytest.mark.parametrize("net", [PATTERNS["Dense"], ReadTwice])
+def test_batch_norms_that_cannot_be_folded_are_equal_as_convolutions(net: type[nn.Module]) -> None:
+    module = seeded(net())
+    model = quantized(module)
+    assert model.reference is not None
+    with torch.no_grad():
+        wanted, inputs = module(images(16)), images(16)
+        torch.testing.assert_close(model.reference(inputs), wanted, rtol=1e-5, atol=1e-5)
+        assert float((model.simulation()(inputs) - wanted).abs().max()) < 0.05 * float(wanted.abs().max())
+    assert model.float_layers == ()
+    assert not any("batch_norm" in str(node.target) for node in model.graph.graph.nodes)
+
+
 class InPlace(nn.Module):
     """In-place operators on tensors that others read before and after."""
 
@@ -322,7 +359,8 @@ def test_in_place_operators_change_nothing_that_is_read_elsewhere() -> None:
     assert model.quantized_layers == ("first", "second", "head")
     with torch.no_grad():
         wanted, got = module(images(16)), model.simulation()(images(16))
-        assert torch.equal(got, model.graph(images(16)))
+        in_floats = model.graph(images(16))
+    assert float((got - in_floats).abs().max()) <= 3 * float(got.max() - got.min()) / 255
     assert float((wanted - got).abs().max()) < 0.05 * float(wanted.abs().max())
 
 

@@ -9,9 +9,21 @@ import copy
 
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 from edgecompress.errors import QuantizationError
+
+aten = torch.ops.aten
+
+# What PT2E folds a batch norm into.
+_FOLDING = {
+    aten.conv1d.default,
+    aten.conv1d.padding,
+    aten.conv2d.default,
+    aten.conv2d.padding,
+    aten.conv_transpose1d.default,
+    aten.conv_transpose2d.input,
+}
 
 
 def capture(module: nn.Module, example: Tensor) -> GraphModule:
@@ -24,6 +36,7 @@ def capture(module: nn.Module, example: Tensor) -> GraphModule:
     try:
         program = torch.export.export(twin, (example,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
         captured = program.module()
+        _free_batch_norms(captured)
         _unshare_weights(captured)
     except Exception as error:  # torch.export raises many unrelated types for code it cannot trace
         lines = str(error).strip().splitlines() or [type(error).__name__]
@@ -33,6 +46,50 @@ def capture(module: nn.Module, example: Tensor) -> GraphModule:
         ) from error
     assert isinstance(captured, GraphModule)
     return captured
+
+
+def _free_batch_norms(captured: GraphModule) -> None:
+    """Turn each batch norm that cannot be folded into a 1x1 depthwise convolution, equal up to float rounding.
+
+    There is no integer batch norm, but a depthwise convolution is QLinearConv, takes the relu behind it along, and
+    its one weight a channel is exact in int8. Batch norms of that kind stand before their convolution (DenseNet)
+    or behind a convolution that others read too, where PT2E would fold all the same and change what those read.
+    """
+    for node in [node for node in captured.graph.nodes if node.target is aten.batch_norm.default]:
+        source, *names = node.args[:5]
+        if source.target in _FOLDING and len(source.users) == 1:
+            continue
+        value, training, epsilon = source.meta.get("val"), node.args[5], node.args[7]
+        if value is None or value.dim() != 4 or training:
+            continue
+        mean, variance = (_tensor(captured, name).double() for name in names[2:])
+        factor = torch.rsqrt(variance + epsilon)
+        if names[0] is not None:
+            factor = factor * _tensor(captured, names[0]).double()
+        shift = -mean * factor
+        if names[1] is not None:
+            shift = shift + _tensor(captured, names[1]).double()
+        constants = {"weight": factor.view(-1, 1, 1, 1), "bias": shift}
+        with captured.graph.inserting_before(node):
+            arguments = []
+            for kind, constant in constants.items():
+                name = f"_{node.name}_{kind}"
+                captured.register_parameter(name, nn.Parameter(constant.float(), requires_grad=False))
+                arguments.append(captured.graph.get_attr(name))
+                arguments[-1].meta = {}
+            settings = ([1, 1], [0, 0], [1, 1], len(mean))
+            convolution = captured.graph.call_function(aten.conv2d.default, (source, *arguments, *settings))
+        convolution.meta = dict(node.meta)
+        node.replace_all_uses_with(convolution)
+        captured.graph.erase_node(node)
+    captured.recompile()
+
+
+def _tensor(captured: GraphModule, node: Node) -> Tensor:
+    folder, _, leaf = str(node.target).rpartition(".")
+    value = getattr(captured.get_submodule(folder), leaf)
+    assert isinstance(value, Tensor)
+    return value.detach()
 
 
 def _unshare_weights(captured: GraphModule) -> None:
