@@ -104,8 +104,13 @@ def rewritten(model: onnx.ModelProto, *, tie: float = 0.0) -> tuple[dict[str, in
     return made, Counter(node.op_type for node in model.graph.node)
 
 
-def counts(*, pads: int = 0, means: int = 0, sums: int = 0) -> dict[str, int]:
-    return {"pad_into_conv": pads, "mean_as_global_pool": means, "hard_sigmoid_as_sum": sums}
+def counts(*, pads: int = 0, means: int = 0, sums: int = 0, gelus: int = 0) -> dict[str, int]:
+    return {
+        "pad_into_conv": pads,
+        "mean_as_global_pool": means,
+        "hard_sigmoid_as_sum": sums,
+        "gelu_regrouped": gelus,
+    }
 
 
 def pads_of_conv(model: onnx.ModelProto) -> list[int]:
@@ -359,6 +364,63 @@ HANDS_OFF_HARD_SIGMOIDS = {
 def test_hard_sigmoids_that_mean_something_else_stay(case: str) -> None:
     graph = Graph()
     model = graph.model(*HANDS_OFF_HARD_SIGMOIDS[case](graph))
+    before = [node.SerializeToString() for node in model.graph.node]
+    made, _ = rewritten(model)
+    assert made == counts()
+    assert [node.SerializeToString() for node in model.graph.node] == before
+
+
+def gelu(graph: Graph, source: str, *, half: float = 0.5, one: float = 1.0, root: float = 2**0.5) -> str:
+    """As the exporter writes it."""
+    error = graph.node("Erf", graph.node("Div", source, graph.constant(root)))
+    share = graph.node("Mul", graph.constant(half), graph.node("Add", error, graph.constant(one)))
+    return graph.node("Mul", source, share)
+
+
+@pytest.mark.parametrize("integers", [False, True])
+def test_gelu_becomes_one_kernel(tmp_path: Path, integers: bool) -> None:
+    graph = Graph()
+    source = graph.pair("input") if integers else graph.node("Neg", "input")
+    activated = gelu(graph, source)
+    model = graph.model(graph.pair(activated, 0.02, 9) if integers else activated)
+    made, _ = rewritten(model)
+    assert made == counts(gelus=1)
+    onnx.save(model, tmp_path / "net.onnx")
+    found = inspect_integer_graph(tmp_path / "net.onnx").op_counts
+    if integers:
+        assert found == {"QuantizeLinear": 2, "DequantizeLinear": 2, "Mul": 1, "Gelu": 1}
+    else:
+        assert found == {"Neg": 1, "Gelu": 1}
+
+
+def test_gelu_of_a_tensor_that_others_read_is_regrouped_without_its_scale() -> None:
+    graph = Graph()
+    source = graph.pair("input")
+    made, left = rewritten(graph.model(gelu(graph, source), graph.node("Neg", source)))
+    assert made == counts(gelus=1)
+    assert left["DequantizeLinear"] == 1
+    assert left["Mul"] == 2
+
+
+def _share_is_an_output(graph: Graph) -> list[str]:
+    source = graph.node("Neg", "input")
+    product = gelu(graph, source)
+    return [product, graph.nodes[-1].input[1]]
+
+
+HANDS_OFF_GELUS = {
+    "other half": lambda graph: [gelu(graph, "input", half=0.4)],
+    "other one": lambda graph: [gelu(graph, "input", one=2.0)],
+    "other root": lambda graph: [gelu(graph, "input", root=1.5)],
+    "graph output": _share_is_an_output,
+    "another factor": lambda graph: [graph.node("Mul", graph.node("Neg", "input"), graph.node("Erf", "input"))],
+}
+
+
+@pytest.mark.parametrize("case", HANDS_OFF_GELUS)
+def test_what_is_no_gelu_stays(case: str) -> None:
+    graph = Graph()
+    model = graph.model(*HANDS_OFF_GELUS[case](graph))
     before = [node.SerializeToString() for node in model.graph.node]
     made, _ = rewritten(model)
     assert made == counts()

@@ -164,7 +164,7 @@ def test_runtime_gives_what_the_simulation_gives(pattern: Callable[[str], Export
 )
 def test_graphs_were_rewritten(pattern: Callable[[str], Exported], name: str, made: tuple[int, int, int]) -> None:
     names = ("pad_into_conv", "mean_as_global_pool", "hard_sigmoid_as_sum")
-    assert pattern(name).rewrites == dict(zip(names, made, strict=True))
+    assert pattern(name).rewrites == dict(zip(names, made, strict=True)) | {"gelu_regrouped": 0}
 
 
 @pytest.mark.parametrize("name", ["Residual", "SqueezeExcite", "Fire", "Shuffle", "HardSwish", "Silu", "HardExcite"])
