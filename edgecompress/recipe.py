@@ -200,8 +200,10 @@ class QuantizeStage(FrozenSettings):
     kind: Literal["quantize"]
     id: Identifier
     calibration: CalibrationSettings = CalibrationSettings()
-    effort: Literal["fast", "balanced"] = Field(
-        default="balanced", description="fast: round to nearest; balanced: error-compensated rounding, bias correction"
+    effort: Literal["fast", "balanced", "best"] = Field(
+        default="balanced",
+        description="fast: round to nearest; balanced: error-compensated rounding and bias correction; best: the same, "
+        "then all weights and scales tuned together towards the float logits (minutes)",
     )
     placement: Literal["auto", "full"] = Field(
         default="auto",

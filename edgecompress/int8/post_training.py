@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,7 @@ from edgecompress import console
 from edgecompress.errors import QuantizationError
 from edgecompress.int8.calibration import RangeWatch, activation_observer
 from edgecompress.int8.capture import capture
+from edgecompress.int8.finetuning import finetune
 from edgecompress.int8.quantized_model import QuantizedModel, simulate
 from edgecompress.int8.quantizer import OnnxRuntimeQuantizer, module_name
 from edgecompress.int8.rounding import compensate
@@ -32,6 +34,11 @@ from edgecompress.recipe import QuantizeStage
 _COMPENSATION_IMAGES = 96
 _HELD_OUT_IMAGES = 32
 _MIN_COMPENSATION_IMAGES = 16
+_FINETUNING_IMAGES = 512
+
+# Input values of one calibration pass: eight images at 224 pixels. A fifth of a gigabyte less than with 32 on a
+# ResNet-50, and activations that the allocator keeps for the next layer instead of fetching fresh pages.
+_PART_VALUES = 8 * 3 * 224 * 224
 
 
 def quantize(
@@ -57,21 +64,17 @@ def quantize(
     watch = RangeWatch(prepared, batches)
     with torch.no_grad(), console.progress("calibrating", batches) as advance:
         for batch in calibration():
-            output = prepared(batch)
-            if isinstance(output, Tensor) and not bool(torch.isfinite(output).all()):
-                _check_ranges(prepared)  # it may know where it began
-                raise QuantizationError(
-                    "the model's output is NaN or infinite on calibration images; check its weights"
-                )
+            for part in torch.split(batch, max(1, _PART_VALUES // batch[0].numel())):
+                _observe(prepared, part)
             watch.advance()
             advance()
     _check_ranges(prepared)
     calibration_facts = watch.finish()
     graph = convert_pt2e(prepared)
     correction = "rounded to nearest"
-    if stage.effort == "balanced":
+    if stage.effort != "fast":
         graph, correction = _compensated(graph, reference, calibration)
-    return QuantizedModel(
+    model = QuantizedModel(
         graph=graph,
         scheme=scheme,
         correction=correction,
@@ -81,6 +84,15 @@ def quantize(
         reference=reference,
         calibration=calibration_facts,
     )
+    return _finetuned(model, reference, calibration) if stage.effort == "best" else model
+
+
+def _observe(prepared: GraphModule, images: Tensor) -> None:
+    """One pass. Raises QuantizationError when the output is not finite."""
+    output = prepared(images)
+    if isinstance(output, Tensor) and not bool(torch.isfinite(output).all()):
+        _check_ranges(prepared)  # it may know where it began
+        raise QuantizationError("the model's output is NaN or infinite on calibration images; check its weights")
 
 
 def _without_observers(prepared: GraphModule) -> GraphModule:
@@ -101,11 +113,10 @@ def _compensated(
 
     Returns the graph to use and, in words, what was done.
     """
-    images = _first_images(calibration(), _COMPENSATION_IMAGES + _HELD_OUT_IMAGES)
-    if len(images) < _MIN_COMPENSATION_IMAGES:
+    seen, unseen = _seen_and_held_out(_first_images(calibration(), _COMPENSATION_IMAGES + _HELD_OUT_IMAGES))
+    if len(seen) + len(unseen) < _MIN_COMPENSATION_IMAGES:
         return graph, f"rounded to nearest (error compensation needs {_MIN_COMPENSATION_IMAGES} calibration images)"
-    held_out = max(len(images) // 4, len(images) - _COMPENSATION_IMAGES)
-    seen, unseen = images[:-held_out], images[-held_out:]
+    held_out = len(unseen)
     better = copy.deepcopy(graph)
     simulation = simulate(better)
     compensate(better, simulation, reference, seen)
@@ -117,6 +128,26 @@ def _compensated(
     if gain <= 0.0:
         return graph, f"rounded to nearest (error compensation would cost {-gain:.1f} dB on {held_out} held-out images)"
     return better, f"error-compensated rounding (+{gain:.1f} dB on {held_out} held-out images)"
+
+
+def _finetuned(
+    model: QuantizedModel, reference: GraphModule, calibration: Callable[[], Iterator[Tensor]]
+) -> QuantizedModel:
+    """The model tuned towards float logits on the calibration images, where held-out ones say that it is better."""
+    seen, unseen = _seen_and_held_out(_first_images(calibration(), _FINETUNING_IMAGES))
+    if len(seen) + len(unseen) < _MIN_COMPENSATION_IMAGES:
+        return model
+    tuned = finetune(model, reference, seen, unseen)
+    done = "tuned as a whole, judged on" if tuned.gain_db > 0 else "not tuned as a whole: worse on"
+    return replace(
+        tuned.model, correction=f"{model.correction}; {done} {len(unseen)} held-out images ({tuned.gain_db:+.1f} dB)"
+    )
+
+
+def _seen_and_held_out(images: Tensor) -> tuple[Tensor, Tensor]:
+    """The images that corrections are made with, and those that decide whether they are kept."""
+    held_out = max(1, min(len(images) // 4, _HELD_OUT_IMAGES))
+    return images[:-held_out], images[-held_out:]
 
 
 def _first_images(batches: Iterator[Tensor], count: int) -> Tensor:
