@@ -238,6 +238,35 @@ def sensitivity(
         stdout.print(f"run:    {outcome.run.path}", markup=False, soft_wrap=True)
 
 
+@app.command("debug-int8")
+def debug_int8(
+    run: RunArgument = None,
+    target: OptionalTarget = None,
+    images: Annotated[int, typer.Option("--images", min=1, help="Held-out images to measure on.")] = 32,
+    worst: Annotated[int, typer.Option("--worst", min=1, help="Layers to diagnose, those that lose most.")] = 5,
+    as_json: JsonOption = False,
+    no_gate: NoGateOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Name the layers that lose most by int8, why, and the setting that mends each."""
+    console.set_quiet(quiet)
+    with _reporting_errors(as_json):
+        _check_run_and_target(run, target)
+        _silence_library_logs()
+        with contextlib.redirect_stdout(sys.stderr):
+            from edgecompress import pipeline
+
+            outcome, document = pipeline.debug_int8(run, target=target, images=images, worst=worst)
+        if as_json:
+            _print_json(document)
+            return
+        from edgecompress.debug_run import debug_text
+
+        for line in debug_text(document):
+            typer.echo(line)
+        typer.echo(f"run:    {outcome.run.path}")
+
+
 def _add_settings_commands(group: typer.Typer, folder: str) -> None:
     """The same three commands for recipes and for targets."""
     kind = folder.removesuffix("s")

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from edgecompress import console
 from edgecompress.apply_run import apply_recipe, start_manifest
+from edgecompress.debug_run import debug_run
 from edgecompress.errors import ConfigurationError, InputError, RunError
 from edgecompress.export_run import export_folder, export_run
 from edgecompress.machine import own_target
@@ -102,6 +103,13 @@ def sensitivity(path: Path | None, *, images: int) -> tuple[Outcome, Json]:
     """What int8 costs in each layer of a run's model; returns the content of sensitivity.json beside the outcome."""
     run = open_run(path)
     document = sensitivity_run(run, images=images)
+    return Outcome(run, run.read_manifest()), document
+
+
+def debug_int8(path: Path | None, *, target: str | None, images: int, worst: int) -> tuple[Outcome, Json]:
+    """Why the worst layers of a run's int8 model lose; returns the content of debug.json beside the outcome."""
+    run = open_run(path)
+    document = debug_run(run, _target_of(run, target), images=images, worst=worst)
     return Outcome(run, run.read_manifest()), document
 
 

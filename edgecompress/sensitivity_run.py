@@ -7,15 +7,19 @@ images give the same integers.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+from torch import Tensor
+
 from edgecompress import console
 from edgecompress.apply_run import quantize_for
 from edgecompress.data import open_data
 from edgecompress.errors import RunError
 from edgecompress.int8.mixed import MixedModel
 from edgecompress.int8.scheme import Scheme
-from edgecompress.int8.sensitivity import measure_sensitivity
+from edgecompress.int8.sensitivity import Sensitivity, measure_sensitivity
 from edgecompress.placement_run import held_out, with_float_layers
-from edgecompress.recipe import QatStage
+from edgecompress.recipe import QatStage, QuantizeStage
 from edgecompress.run_directory import Json, RunDirectory, write_json
 from edgecompress.run_state import decision_of, load_float, recipe_of, require_same_data
 from edgecompress.stages import PreparedSplits
@@ -23,11 +27,39 @@ from edgecompress.stages import PreparedSplits
 FILE = "sensitivity.json"
 
 
+@dataclass(frozen=True)
+class Remade:
+    """A run's int8 model beside its float one, the images to ask it with, and what every document about it begins with.
+
+    `images` is one normalized batch [N, C, H, W] of val.
+    """
+
+    stage: QuantizeStage
+    mixed: MixedModel
+    images: Tensor
+    facts: Json
+
+
 def sensitivity_run(run: RunDirectory, *, images: int) -> Json:
     """Measure every int8 layer on up to `images` held-out images of val; returns the content of sensitivity.json.
 
     Raises RunError where the quantize stage is not complete, or was trained: its integers cannot be made again here.
     """
+    document, _ = sensitivity_of(run, remake(run, images=images))
+    return document
+
+
+def sensitivity_of(run: RunDirectory, remade: Remade) -> tuple[Json, Sensitivity]:
+    """Measure every layer and write sensitivity.json."""
+    found = measure_sensitivity(remade.mixed, remade.images)
+    document = {**remade.facts, **found.to_dict(), "worst_first": [row.layer for row in found.worst_first()]}
+    write_json(run.stage(remade.stage.id) / FILE, document)
+    run.update_manifest(lambda m: m.update(artifacts=run.artifacts()))
+    return document, found
+
+
+def remake(run: RunDirectory, *, images: int) -> Remade:
+    """Quantize once more what the run quantized. Raises RunError as `sensitivity_run` does."""
     manifest = run.read_manifest()
     recipe = recipe_of(manifest)
     stage = recipe.quantize_stage
@@ -49,15 +81,10 @@ def sensitivity_run(run: RunDirectory, *, images: int) -> Json:
     console.note(f"quantizing stage {stage.id} once more, to have its float model beside it")
     model, _ = quantize_for(recipe, with_float_layers(stage, float_layers), scheme, source, data, splits)
     chosen = held_out(recipe, run, source, data, splits).images[:images]
-    found = measure_sensitivity(MixedModel(model), chosen)
-    document: Json = {
+    facts: Json = {
         "stage": stage.id,
         "split": "val",
         "scheme": scheme.to_dict(),
         "float_layers": list(model.float_layers),
-        **found.to_dict(),
-        "worst_first": [row.layer for row in found.worst_first()],
     }
-    write_json(run.stage(stage.id) / FILE, document)
-    run.update_manifest(lambda m: m.update(artifacts=run.artifacts()))
-    return document
+    return Remade(stage, MixedModel(model), chosen, facts)

@@ -8,9 +8,10 @@ rounds where the exported one will.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,6 +74,20 @@ class MixedModel:
         self.layers = tuple(dict.fromkeys(self._module_of.values()))
         self._float_constants = {name: self._constants_of(name) for name in full.layers}
         self._last_use = _last_uses(self.nodes)
+        self._replaced: Mapping[str, Callable[..., Any]] = {}
+
+    @contextlib.contextmanager
+    def replacing(self, calls: Mapping[str, Callable[..., Any]]) -> Iterator[None]:
+        """Within it, the named nodes call other functions on the same arguments: to try another rounding."""
+        before, self._replaced = self._replaced, calls
+        try:
+            yield
+        finally:
+            self._replaced = before
+
+    def rounded_node(self, rounder: Node) -> str:
+        """The name of the node whose value one of the rounding nodes rounds."""
+        return _root(rounder).name
 
     def nodes_of(self, layer: str) -> tuple[str, ...]:
         """The graph's nodes of one layer; more than one where a module runs more than once."""
@@ -170,7 +185,8 @@ class _Runner:
             if node.name not in setting.layers:
                 for place, constant in mixed._float_constants.get(node.name, {}).items():
                     arguments[place] = constant
-            env[node] = node.target(*arguments, **self._value(node.kwargs, node, setting))  # type: ignore[operator]
+            call: Any = mixed._replaced.get(node.name, node.target)
+            env[node] = call(*arguments, **self._value(node.kwargs, node, setting))
         elif node.op != "output":
             env[node] = self._interpreter.run_node(node)
         for dead in mixed._last_use[position]:
