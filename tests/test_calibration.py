@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torchao.quantization.pt2e.quantize_pt2e import prepare_pt2e
 
-from edgecompress.int8.calibration import MAX_COUNTED, PercentileObserver, RangeWatch, activation_observer
+from edgecompress.int8.calibration import MAX_COUNTED, TAIL, PercentileObserver, RangeWatch, activation_observer
 from edgecompress.int8.capture import capture
 from edgecompress.int8.histogram import BINS
 from edgecompress.int8.quantizer import OnnxRuntimeQuantizer
@@ -312,6 +312,45 @@ def test_large_batches_are_sampled_from_every_channel_and_weighted() -> None:
         for bound, exact in zip(made.chosen_range(), wanted, strict=True):
             assert bound == pytest.approx(exact, rel=0.02)
         assert (float(made.min_val), float(made.max_val)) == (float(data.min()), float(data.max()))
+
+
+@pytest.mark.parametrize("percentile", [99.9, 99.99, 99.999, 99.9999])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_tails_of_large_batches_are_counted_in_full(percentile: float, layout: torch.memory_format) -> None:
+    # Of 3 * 1.2 million values 99.999 leaves out 18 at each end, of which a sample would hold one, worth 18.
+    shape = (6, 64, 56, 56)
+    batches = [values(6 * 64 * 56 * 56, seed, shape=shape) * torch.tensor([1.0, 0.5])[seed % 2] for seed in range(3)]
+    made = fed("percentile", [batch.contiguous(memory_format=layout) for batch in batches], percentile)
+    data = torch.cat(batches).numpy().ravel()
+    assert len(batches[0].flatten()) > 16 * MAX_COUNTED
+    assert float(made.counts.sum()) == pytest.approx(len(data))
+    wanted = percentile_bounds(data, percentile)
+    width = 2 * float(made.limit) / BINS
+    sampled = (100 - percentile) / 200 > TAIL / 2  # then about a hundred sampled values decide
+    for bound, exact in zip(made.chosen_range(), wanted, strict=True):
+        assert abs(bound - exact) <= (0.1 * abs(exact) if sampled else 1.001 * width)
+
+
+@pytest.mark.parametrize("kind", ["one-sided", "saturated", "shifted", "odd sides"])
+def test_sampled_batches_keep_their_shape_and_their_number(kind: str) -> None:
+    raw = values(5 * 97 * 101 * 7, 3, shape=(5, 97, 101, 7))
+    data = {
+        "one-sided": raw.clamp_min(0.0),
+        "saturated": raw.clamp(0.0, 1.0),
+        "shifted": raw + 100.0,
+        "odd sides": raw,  # no block of values ends where the tensor does
+    }[kind]
+    made = fed("percentile", [data, data], 99.999)
+    flat = data.numpy().ravel()
+    expected = np.cumsum(np.histogram(flat, bins=BINS, range=(-made.limit, made.limit))[0]) / len(flat)
+    counted = np.cumsum(made.counts.numpy()) / (2 * len(flat))
+    assert float(made.counts.sum()) == pytest.approx(2 * len(flat))
+    assert np.abs(counted - expected).max() < 0.01
+    ends = np.flatnonzero((expected < TAIL / 4) | (expected > 1 - TAIL / 4))
+    assert np.abs(counted - expected)[ends].max() <= 2 / len(flat)  # exact, but for values on an edge
+    width = 2 * float(made.limit) / BINS
+    for bound, exact in zip(made.chosen_range(), percentile_bounds(flat, 99.999), strict=True):
+        assert abs(bound - exact) <= 1.001 * width
 
 
 @pytest.mark.parametrize(("growth", "narrow"), [(1.0, False), (3.0, True)])

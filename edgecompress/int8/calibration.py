@@ -23,7 +23,7 @@ from edgecompress.int8.histogram import BINS, Histogram, Range, entropy_range, e
 from edgecompress.int8.quantizer import module_name
 
 MAX_COUNTED = 2**16  # values of one batch that are counted, beside its tails
-TAIL = 2.0**-14  # share of a batch, at each end, whose values are all counted; percentile 99.999 leaves out 2**-17.6
+TAIL = 2.0**-13  # share of a batch, at each end, whose values are all counted; percentile 99.999 leaves out 2**-17.6
 
 _BLOCK = 64  # neighbours in memory; tails are looked for only in blocks that reach into them
 
