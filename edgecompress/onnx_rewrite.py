@@ -293,9 +293,11 @@ def _regroup_gelus(graph: onnx.GraphProto) -> int:
         product.input[:] = [half.output[0], one_more]
         dequantize = index.producer.get(value)
         scale = index.constant(dequantize.input[1]) if dequantize is not None and len(dequantize.input) > 1 else None
-        if dequantize is not None and dequantize.op_type == "DequantizeLinear" and scale is not None:
-            if scale.size == 1 and len(index.consumers[value]) == 2 and value not in index.outputs:
-                _split_scale(graph, dequantize, scale)
+        is_read_back = (
+            dequantize is not None and dequantize.op_type == "DequantizeLinear" and value not in index.outputs
+        )
+        if dequantize is not None and is_read_back and scale is not None and scale.size == 1:
+            _split_scale(graph, dequantize, scale)
         count += 1
     return count
 

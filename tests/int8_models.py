@@ -235,9 +235,25 @@ class Upsampled(nn.Module):
         return self.head((x + self.up(self.relu(self.down(x)))).mean((2, 3)))
 
 
+class Scaled(nn.Module):
+    """ConvNeXt: a layer norm over channels, GELU between 1x1 convolutions, and a learned factor for each channel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.depthwise, self.norm = conv(3, 8), conv(8, 8, groups=8), nn.LayerNorm(8)
+        self.widen, self.narrow, self.dropout = conv(8, 16, 1), conv(16, 8, 1), nn.Dropout(0.1)
+        self.gamma, self.head = nn.Parameter(torch.linspace(0.1, 0.8, 8)), nn.Linear(8, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        y = self.norm(self.depthwise(x).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        y = self.dropout(self.narrow(functional.gelu(self.widen(y))))
+        return self.head((x + y * self.gamma.reshape(1, -1, 1, 1)).mean((2, 3)))
+
+
 _NETS = (
     (Residual, SqueezeExcite, Fire, Shuffle, Padded, Shared, Sums),
-    (HardSwish, Silu, HardExcite, Dense, Upsampled),
+    (HardSwish, Silu, HardExcite, Dense, Upsampled, Scaled),
 )
 PATTERNS: dict[str, type[nn.Module]] = {net.__name__: net for nets in _NETS for net in nets}
 

@@ -393,12 +393,13 @@ def test_gelu_becomes_one_kernel(tmp_path: Path, integers: bool) -> None:
         assert found == {"Neg": 1, "Gelu": 1}
 
 
-def test_gelu_of_a_tensor_that_others_read_is_regrouped_without_its_scale() -> None:
+def test_gelu_of_a_tensor_that_others_read_keeps_its_scale() -> None:
     graph = Graph()
     source = graph.pair("input")
-    made, left = rewritten(graph.model(gelu(graph, source), graph.node("Neg", source)))
+    activated = graph.pair(gelu(graph, source), 0.02, 9)
+    made, left = rewritten(graph.model(activated, graph.node("Neg", source)))
     assert made == counts(gelus=1)
-    assert left["DequantizeLinear"] == 1
+    assert left["DequantizeLinear"] == 2
     assert left["Mul"] == 2
 
 

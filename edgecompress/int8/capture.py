@@ -24,6 +24,8 @@ _FOLDING = {
     aten.conv_transpose1d.default,
     aten.conv_transpose2d.input,
 }
+_SCALABLE = {aten.conv2d.default, aten.conv2d.padding, aten.linear.default}
+_VIEWS = {aten.reshape.default, aten.view.default, aten.unsqueeze.default}
 
 
 def capture(module: nn.Module, example: Tensor) -> GraphModule:
@@ -38,6 +40,7 @@ def capture(module: nn.Module, example: Tensor) -> GraphModule:
         captured = program.module()
         _free_batch_norms(captured)
         _unshare_weights(captured)
+        _fold_layer_scales(captured)
     except Exception as error:  # torch.export raises many unrelated types for code it cannot trace
         lines = str(error).strip().splitlines() or [type(error).__name__]
         raise QuantizationError(
@@ -83,6 +86,63 @@ def _free_batch_norms(captured: GraphModule) -> None:
         node.replace_all_uses_with(convolution)
         captured.graph.erase_node(node)
     captured.recompile()
+
+
+def _fold_layer_scales(captured: GraphModule) -> None:
+    """A constant factor for each channel behind a layer goes into its weights (ConvNeXt's and CaiT's layer scale).
+
+    Saves the product, and the rounding of a tensor before it. Weights must be shared by no other layer.
+    """
+    for node in [node for node in captured.graph.nodes if node.target in (aten.mul.Tensor, aten.mul_.Tensor)]:
+        for value, factor in (node.args, node.args[::-1]):
+            if isinstance(value, Node) and isinstance(factor, Node) and _fold_factor(captured, value, factor):
+                node.replace_all_uses_with(value)
+                captured.graph.erase_node(node)
+                break
+    captured.graph.eliminate_dead_code()
+    captured.recompile()
+
+
+def _fold_factor(captured: GraphModule, value: Node, factor: Node) -> bool:
+    """Multiply the layer that gives `value`, perhaps through dropouts, by a constant; whether that was possible."""
+    layer = value
+    while layer.target in (aten.dropout.default, aten.dropout_.default) and len(layer.users) == 1:
+        assert isinstance(layer.args[0], Node)
+        layer = layer.args[0]
+    constant = _constant(captured, factor)
+    if constant is None or layer.target not in _SCALABLE or len(layer.users) != 1 or len(value.users) != 1:
+        return False
+    parameters = [argument for argument in layer.args[1:3] if isinstance(argument, Node)]
+    if any(parameter.op != "get_attr" for parameter in parameters):
+        return False
+    tensors = [_tensor(captured, parameter) for parameter in parameters]
+    channels, is_linear = len(tensors[0]), layer.target is aten.linear.default
+    along_channels = [1] * (0 if is_linear else 2)
+    flat = constant.flatten()
+    if flat.numel() not in (1, channels) or list(constant.shape)[-1 - len(along_channels) :] not in (
+        [flat.numel(), *along_channels],
+        [1, *along_channels],
+        [],
+    ):
+        return False
+    for tensor in tensors:
+        tensor.copy_(tensor * flat.view(-1, *[1] * (tensor.dim() - 1)))
+    return True
+
+
+def _constant(captured: GraphModule, node: Node) -> Tensor | None:
+    """The value of a parameter, perhaps seen in another shape, or None."""
+    if node.op == "get_attr":
+        return _tensor(captured, node)
+    if node.target not in _VIEWS or not isinstance(node.args[0], Node):
+        return None
+    source = _constant(captured, node.args[0])
+    if source is None or any(isinstance(argument, Node) for argument in node.args[1:]):
+        return None
+    assert callable(node.target)
+    shaped = node.target(source, *node.args[1:])
+    assert isinstance(shaped, Tensor)
+    return shaped
 
 
 def _tensor(captured: GraphModule, node: Node) -> Tensor:
