@@ -166,10 +166,12 @@ class _Search:
         """Full int8 first; the search only where that is not enough."""
         full = self._trial(Candidate((), 0.0, 0.0), "full")
         accurate = self.limits.met_by(full)
-        if accurate and not is_slower(full):
+        seems_slow = full["speedup"] is not None and full["speedup"] < 1
+        if accurate and not seems_slow:
             return self._finish(full, self._words_for_full(full))
         reasons = [] if accurate else ["not accurate enough"]
-        reasons += ["slower than fp32"] if is_slower(full) else []
+        if seems_slow:
+            reasons.append("slower than fp32" if is_slower(full) else "not found to be faster than fp32")
         console.note(f"full int8 is {' and '.join(reasons)} ({_trial_words(full)}); searching for a placement")
         ordered = self._candidates()
         if not accurate:
