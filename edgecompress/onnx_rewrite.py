@@ -293,12 +293,12 @@ def _regroup_gelus(graph: onnx.GraphProto) -> int:
         product.input[:] = [half.output[0], one_more]
         dequantize = index.producer.get(value)
         scale = index.constant(dequantize.input[1]) if dequantize is not None and len(dequantize.input) > 1 else None
-        is_read_back = (
-            dequantize is not None and dequantize.op_type == "DequantizeLinear" and value not in index.outputs
-        )
-        if dequantize is not None and is_read_back and scale is not None and scale.size == 1:
-            _split_scale(graph, dequantize, scale)
         count += 1
+        has_other_readers = len(index.consumers[value]) > 2 or value in index.outputs  # who may want the pair whole
+        if dequantize is None or dequantize.op_type != "DequantizeLinear" or has_other_readers:
+            continue
+        if scale is not None and scale.size == 1:
+            _split_scale(graph, dequantize, scale)
     return count
 
 
