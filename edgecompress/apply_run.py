@@ -334,6 +334,7 @@ def _quantize(
         | cost
         | facts
         | {"calibration_samples": samples, "scheme": scheme.to_dict(), "summary": summary}
+        | {"calibration": model.calibration.to_dict() if model.calibration else None}
     )
 
 

@@ -78,6 +78,8 @@ def test_the_manifest_says_what_happened(finished: pipeline.Outcome) -> None:
     assert pruned["macs"] < 0.5 * dense["macs"]
     assert pruned["params"] < 0.5 * dense["params"]
     assert int8["calibration_samples"] == 64
+    assert int8["calibration"]["tensors"] > 5
+    assert int8["calibration"]["is_narrow"] is False
     assert int8["size_bytes"] < 0.5 * pruned["size_bytes"]
     assert manifest["baseline"]["id"] == "dense"
     assert {decision["what"] for decision in manifest["decisions"]} >= {
