@@ -216,7 +216,7 @@ class Dense(nn.Module):
         self.last, self.transition, self.head = nn.BatchNorm2d(12), conv(12, 8, 1), nn.Linear(8, CLASSES)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.conv(x)
+        x = self.relu(self.conv(x))
         x = torch.cat([x, self.grow(self.relu(self.norm(x)))], 1)
         x = self.pool(self.transition(self.relu(self.last(x))))
         return self.head(x.mean((2, 3)))
@@ -251,9 +251,29 @@ class Scaled(nn.Module):
         return self.head((x + y * self.gamma.reshape(1, -1, 1, 1)).mean((2, 3)))
 
 
+class Tokens(nn.Module):
+    """A transformer's block: linear layers on [N, T, C], attention and GELU between them, a float residual stream."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches, self.before, self.after = nn.Conv2d(3, 8, 2, 2), nn.LayerNorm(8), nn.LayerNorm(8)
+        self.places = nn.Parameter(torch.linspace(-1.0, 1.0, SIZE * SIZE * 2).reshape(1, -1, 8))
+        self.qkv, self.project = nn.Linear(8, 24), nn.Linear(8, 8)
+        self.widen, self.narrow, self.head = nn.Linear(8, 16), nn.Linear(16, 8), nn.Linear(8, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patches(x).flatten(2).transpose(1, 2) + self.places
+        count, length, channels = x.shape
+        q, k, v = self.qkv(self.before(x)).reshape(count, length, 3, 2, channels // 2).permute(2, 0, 3, 1, 4).unbind(0)
+        mixed = functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(count, length, channels)
+        x = x + self.project(mixed)
+        x = x + self.narrow(functional.gelu(self.widen(self.after(x))))
+        return self.head(x.mean(1))
+
+
 _NETS = (
     (Residual, SqueezeExcite, Fire, Shuffle, Padded, Shared, Sums),
-    (HardSwish, Silu, HardExcite, Dense, Upsampled, Scaled),
+    (HardSwish, Silu, HardExcite, Dense, Upsampled, Scaled, Tokens),
 )
 PATTERNS: dict[str, type[nn.Module]] = {net.__name__: net for nets in _NETS for net in nets}
 

@@ -260,4 +260,5 @@ def _is_global(node: Node) -> bool:
     if node.target is aten.adaptive_avg_pool2d.default:
         size: Any = node.args[1]
         return isinstance(size, (list, tuple)) and all(int(s) == 1 for s in size)
-    return True
+    dims: Any = node.args[1] if len(node.args) > 1 else None
+    return isinstance(dims, (list, tuple)) and sorted(int(dim) for dim in dims) in ([2, 3], [-2, -1])

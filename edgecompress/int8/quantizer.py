@@ -29,7 +29,7 @@ from torchao.quantization.pt2e.quantizer import (
 
 from edgecompress.configuration import did_you_mean
 from edgecompress.errors import ConfigurationError
-from edgecompress.int8.decompose import decompose_activations
+from edgecompress.int8.decompose import decompose_activations, flatten_linears
 from edgecompress.int8.scheme import Scheme
 
 _ANNOTATION = "quantization_annotation"
@@ -70,6 +70,8 @@ _MOVERS = {
 }
 # Several outputs; the pieces are picked by `getitem`.
 _SPLITTERS = {aten.chunk.default, aten.split.Tensor, aten.split_with_sizes.default}
+# What runs on integers whenever its input is some; sums, products and movers depend on their other tensors.
+_INTEGER_READERS = {*_COMPUTE, *_CLAMPS, *_HARD_SIGMOIDS, *_POOLING, *_LOOKUP, *_SPLITTERS}
 
 
 @dataclass(frozen=True)
@@ -125,17 +127,19 @@ class OnnxRuntimeQuantizer(Quantizer):  # type: ignore[misc]  # torchao ships no
             qscheme=torch.per_tensor_affine,
         )
         self._quantized: dict[Node, Any] = {}  # the spec of every tensor that is integers already
+        self._seen: set[Node] = set()
 
     def transform_for_annotation(self, model: GraphModule) -> GraphModule:
-        """Write activations without an integer kernel as products of some that have one."""
-        return decompose_activations(model)
+        """Write operators without an integer kernel by others that have one."""
+        return flatten_linears(decompose_activations(model))
 
     def annotate(self, model: GraphModule) -> GraphModule:
         """Walk the graph from input to output once; every node sees whether its inputs are integers."""
         nodes = list(model.graph.nodes)
         self._check_globs([module_name(node) for node in nodes if node.target in _COMPUTE])
-        self._quantized = {}
+        self._quantized, self._seen = {}, set()
         for node in nodes:
+            self._seen.add(node)
             if node.op != "call_function":
                 continue
             if node.target in _COMPUTE:
@@ -195,11 +199,14 @@ class OnnxRuntimeQuantizer(Quantizer):  # type: ignore[misc]  # torchao ships no
             return
         if node.target in (aten.pad.default, aten.constant_pad_nd.default) and not _pads_with_zero(node):
             return
-        shared = SharedQuantizationSpec((sources[0], node))
-        inputs: dict[Node, Any] = {sources[0]: self._spec_of(sources[0])}
-        inputs.update({source: shared for source in sources[1:] if source is not sources[0]})
+        # A range that starts at zero would be widened by one that does not, and the kernel before a relu would no
+        # longer clamp by it: the concatenation's kernel takes a scale for each input.
+        alike = [source for source in sources if not _starts_at_zero(source)] or sources
+        shared = SharedQuantizationSpec((alike[0], node))
+        inputs: dict[Node, Any] = {source: self._spec_of(source) for source in sources}
+        inputs.update({source: shared for source in alike if source is not alike[0]})
         node.meta[_ANNOTATION] = QuantizationAnnotation(input_qspec_map=inputs, output_qspec=shared, _annotated=True)
-        self._quantized[node] = self._spec_of(sources[0])
+        self._quantized[node] = self._spec_of(alike[0])
 
     def _annotate_splitter(self, node: Node) -> None:
         source = node.args[0]
@@ -226,17 +233,30 @@ class OnnxRuntimeQuantizer(Quantizer):  # type: ignore[misc]  # torchao ships no
     def _output_of(self, node: Node) -> Node | None:
         """The node whose output is quantized: a clamp that follows alone, else the node itself.
 
-        None for a layer whose result leaves the graph: its kernel gives float logits at no cost (QGemm without
-        an output scale), which saves them a rounding.
+        None for a linear layer whose result leaves the graph or goes to float operators only: its kernel gives floats
+        at no cost (QGemm without an output scale), which saves them a rounding.
         """
         users = list(node.users)
         if len(users) == 1 and users[0].target in _CLAMPS and _clamps_from_zero(users[0]):
             return users[0]
         if len(users) == 1 and users[0].target in _HARD_SIGMOIDS and node.target in _CONVOLUTIONS:
             return users[0]
-        if users and all(user.op == "output" for user in users) and node.target is aten.linear.default:
+        if node.target is aten.linear.default and self._is_read_in_float(node):
             return None
         return node
+
+    def _is_read_in_float(self, node: Node) -> bool:
+        """Whether no reader of `node` will run on integers."""
+        for user in node.users:
+            if user.target in _INTEGER_READERS:
+                return False
+            if user.target in _MOVERS and (user.target is aten.cat.default or not self._is_read_in_float(user)):
+                return False
+            if user.target in _ELEMENTWISE:
+                others = [source for source in _nodes(user.args[:2]) if source is not node]
+                if any(self._is_integer(other) or other not in self._seen for other in others):
+                    return False
+        return True
 
     def _output_spec(self, node: Node) -> Any:
         return self._share if node.target in _HARD_SIGMOIDS else self._activation
@@ -285,6 +305,15 @@ def _nodes(arguments: Iterable[Any]) -> list[Node]:
 def _has_constant_weight(node: Node) -> bool:
     weight = node.args[1] if len(node.args) > 1 else None
     return isinstance(weight, Node) and weight.op == "get_attr" and isinstance(node.args[0], Node)
+
+
+def _starts_at_zero(node: Node) -> bool:
+    """Whether a tensor holds nothing below zero by the operator that made it."""
+    if node.target in (aten.cat.default, *_MOVERS, *_POOLING):
+        first = node.args[0]
+        return all(_starts_at_zero(source) for source in _nodes(first if isinstance(first, (list, tuple)) else [first]))
+    is_clamp = node.target in _CLAMPS and _clamps_from_zero(node)
+    return is_clamp or node.target in _HARD_SIGMOIDS or node.target in (aten.sigmoid.default, aten.sigmoid_.default)
 
 
 def _clamps_from_zero(node: Node) -> bool:
