@@ -33,7 +33,13 @@ def debug_run(run: RunDirectory, target: Target, *, images: int, worst: int) -> 
     remade = remake(run, images=images)
     measured, found = sensitivity_of(run, remade)
     findings = diagnose(
-        remade.mixed, remade.images, found, stage=remade.stage, saturates=adds_in_16_bits(target), worst=worst
+        remade.mixed,
+        remade.images,
+        found,
+        calibration=remade.calibration(),
+        stage=remade.stage,
+        saturates=adds_in_16_bits(target),
+        worst=worst,
     )
     document: Json = {
         **remade.facts,
@@ -99,7 +105,7 @@ def debug_text(document: Mapping[str, Any]) -> Iterator[str]:
     yield from _exported_text(section(document, "exported"))
     yield ""
     methods = ", ".join(f"{name} {_decibels(value)}" for name, value in section(document, "methods").items())
-    yield f"Full int8 with all ranges chosen on these images, by calibration.method: {methods}."
+    yield f"Full int8 by calibration.method, simulated: {methods}."
 
 
 def _cause(cause: Mapping[str, Any], full: Mapping[str, Any]) -> Iterator[str]:

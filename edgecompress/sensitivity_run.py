@@ -7,13 +7,15 @@ images give the same integers.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from edgecompress import console
 from edgecompress.apply_run import quantize_for
-from edgecompress.data import open_data
+from edgecompress.data import calibration_indices, open_data
 from edgecompress.errors import RunError
 from edgecompress.int8.mixed import MixedModel
 from edgecompress.int8.scheme import Scheme
@@ -31,12 +33,13 @@ FILE = "sensitivity.json"
 class Remade:
     """A run's int8 model beside its float one, the images to ask it with, and what every document about it begins with.
 
-    `images` is one normalized batch [N, C, H, W] of val.
+    `images` is one normalized batch [N, C, H, W] of val; `calibration` gives the batches that ranges were found on.
     """
 
     stage: QuantizeStage
     mixed: MixedModel
     images: Tensor
+    calibration: Callable[[], Iterator[Tensor]]
     facts: Json
 
 
@@ -81,10 +84,18 @@ def remake(run: RunDirectory, *, images: int) -> Remade:
     console.note(f"quantizing stage {stage.id} once more, to have its float model beside it")
     model, _ = quantize_for(recipe, with_float_layers(stage, float_layers), scheme, source, data, splits)
     chosen = held_out(recipe, run, source, data, splits).images[:images]
+    preprocessing = source.architecture.preprocessing
+    train = splits.get("train", preprocessing)
+    indices = torch.from_numpy(calibration_indices(train.labels.numpy(), stage.calibration.samples, recipe.seed))
+
+    def calibration() -> Iterator[Tensor]:
+        for batch, _ in train.batches(stage.calibration.batch_size, indices=indices):
+            yield preprocessing.normalize(batch)
+
     facts: Json = {
         "stage": stage.id,
         "split": "val",
         "scheme": scheme.to_dict(),
         "float_layers": list(model.float_layers),
     }
-    return Remade(stage, MixedModel(model), chosen, facts)
+    return Remade(stage, MixedModel(model), chosen, calibration, facts)

@@ -1,16 +1,16 @@
 """Why a layer loses by int8, and which setting mends it.
 
-What enters: a calibrated int8 model, held-out images and every layer's sensitivity. What leaves: for the worst layers,
-causes with numbers and settings of the recipe. No cause is guessed from statistics: each is an experiment. The layer
-alone is run again with one thing changed (another range, a range for each channel, its outliers or its weights in
-float), and the cause is named where that change wins back what was lost. What the setting does to the whole int8 model
-is simulated the same way.
+What enters: a calibrated int8 model, its calibration images, held-out images and every layer's sensitivity. What
+leaves: for the worst layers, causes with numbers and settings of the recipe. No cause is guessed from statistics: each
+is an experiment. The layer alone is run again with one thing changed (another range, a range for each channel, its
+outliers or its weights in float), and the cause is named where that change wins back what was lost. What the setting
+does to the whole int8 model is simulated the same way.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -29,7 +29,8 @@ from edgecompress.int8.causes import (
     percent,
     sixteen_bit_sums,
 )
-from edgecompress.int8.grids import METHODS, PERCENTILE, Grid, Rounders, observe_grids
+from edgecompress.int8.grids import METHODS, Grid, Rounders, observe_grids
+from edgecompress.int8.histogram import Range
 from edgecompress.int8.mixed import MixedModel, Setting, decibels, module_name, noise
 from edgecompress.int8.sensitivity import LayerSensitivity, Sensitivity
 from edgecompress.recipe import QuantizeStage
@@ -44,6 +45,7 @@ _HALF_DB = 3.0  # half of a layer's loss: from which on weights that were rounde
 _FEW_STEPS = 16  # of 256: a channel that uses fewer has less than 4 bits
 _FEW_INTEGERS = 16  # a channel of weights is narrow when their root mean square is below the limit over this
 _SAME_DB = 0.1
+_SAMPLES = "samples"
 _FAR = 1.5  # a range this many times wider than what was seen was not made for these images
 _EFFORTS = ("fast", "balanced", "best")
 
@@ -91,15 +93,17 @@ def diagnose(
     images: Tensor,
     found: Sensitivity,
     *,
+    calibration: Iterable[Tensor],
     stage: QuantizeStage,
     saturates: bool,
     worst: int = 5,
 ) -> Findings:
     """Diagnose the `worst` layers of `found` on one normalized batch [N, C, H, W].
 
+    `calibration` gives the batches that the model was calibrated on, from which other methods choose other ranges.
     `saturates`: whether the target adds products in 16 bits (x86 without VNNI).
     """
-    doctor = _Doctor(mixed, images, found, stage)
+    doctor = _Doctor(mixed, images, found, stage, calibration)
     rows = found.worst_first()[:worst]
     with console.progress("asking for causes", len(rows)) as advance:
         diagnoses = []
@@ -113,12 +117,19 @@ def diagnose(
 class _Doctor:
     """Runs the experiments, each on the same images."""
 
-    def __init__(self, mixed: MixedModel, images: Tensor, found: Sensitivity, stage: QuantizeStage) -> None:
+    def __init__(
+        self,
+        mixed: MixedModel,
+        images: Tensor,
+        found: Sensitivity,
+        stage: QuantizeStage,
+        calibration: Iterable[Tensor],
+    ) -> None:
         self.mixed, self.images, self.found, self.stage = mixed, images, found, stage
         self.reference = mixed.logits(images, mixed.float_setting)
         self.full = mixed.setting(())
-        self.grids = observe_grids(mixed, images)
-        self.methods = {method: self._with_method(method) for method in METHODS}
+        self.grids = observe_grids(mixed, images, calibration)
+        self.methods = {method: self._with({g: g.range_by(method) for g in self.grids}) for method in METHODS}
 
     def examine(self, row: LayerSensitivity) -> Diagnosis:
         """One layer's parts and causes."""
@@ -140,13 +151,16 @@ class _Doctor:
 
     def _activation(self, alone: Setting, grid: Grid, now: float) -> list[Cause]:
         """A range that is too wide or too narrow; where no other range helps, channels or outliers apart from it."""
-        by_method = {method: self._noise(alone, grid.with_range(grid.range_by(method))) for method in METHODS}
-        method = self._advised(grid, by_method)
-        gain = _gain(now, by_method[method])
+        choices = {method: grid.range_by(method) for method in METHODS} | {_SAMPLES: grid.range_seen_by(self._seen)}
+        noises = {name: self._noise(alone, grid.with_range(ends)) for name, ends in choices.items()}
+        # A setting of the method before more images, which cost the user more.
+        best = min(METHODS, key=lambda method: noises[method])
+        name = _SAMPLES if _gain(noises[best], noises[_SAMPLES]) >= _HELPS_DB else best
+        gain = _gain(now, noises[name])
         if gain >= _HELPS_DB:
-            return [self._calibrating(grid, method, gain)]
+            return [self._calibrating(grid, name, choices[name], gain)]
         part = _only(alone, grid)
-        least = min(self._noise(part), *(self._noise(part, grid.with_range(grid.range_by(m))) for m in METHODS))
+        least = min(self._noise(part), *(self._noise(part, grid.with_range(ends)) for ends in choices.values()))
         channels = _gain(least, self._noise(part, grid.per_channel()))
         outliers = _gain(least, self._noise(part, grid.outliers_in_float()))
         steps = grid.steps()
@@ -172,18 +186,14 @@ class _Doctor:
             return [self._excluding(OUTLIER, words, grid, {**self._range_numbers(grid), "gain_db": outliers})]
         return []
 
-    def _advised(self, grid: Grid, by_method: Mapping[str, float]) -> str:
-        """The method that does best, or the one in use where it does as well given these images."""
-        settings = self.stage.calibration
-        current = "mse" if settings.method == "histogram" else settings.method
-        best = min(METHODS, key=lambda method: by_method[method])
-        if current == "minmax" and _width(grid.range_by(best)) < _width(grid.range):
-            return min(METHODS[1:], key=lambda method: by_method[method])  # more images never narrow minmax
-        as_well = current in by_method and _gain(by_method[current], by_method[best]) < _HELPS_DB
-        return current if as_well and (current != "percentile" or settings.percentile == PERCENTILE) else best
+    @property
+    def _seen(self) -> str:
+        """The method in use, or what comes nearest to it."""
+        used = self.stage.calibration.method
+        return "percentile 99.99" if used == "percentile" else used if used in METHODS else "mse"
 
-    def _range_words(self, grid: Grid, method: str, gain: float) -> str:
-        (start, end), (low, high), (seen_low, seen_high) = grid.range, grid.range_by(method), grid.seen
+    def _range_words(self, grid: Grid, chosen: Range, gain: float) -> str:
+        (start, end), (low, high), (seen_low, seen_high) = grid.range, chosen, grid.seen
         name, wins = self._name(grid), f"wins {gain:.1f} dB in this layer"
         if _width((low, high)) > _width(grid.range):
             return (
@@ -200,21 +210,26 @@ class _Doctor:
             return f"the range {start:.4g} to {end:.4g} of {name} does not fit the values; {other}"
         return f"{self._spread(grid)}; the range is {start:.4g} to {end:.4g}, {other}"
 
-    def _calibrating(self, grid: Grid, method: str, gain: float) -> Cause:
-        """The calibration method that mends a range, where it does not harm the rest; else a return to float."""
-        kind = SATURATION if _width(grid.range_by(method)) > _width(grid.range) else OUTLIER
-        words = self._range_words(grid, method, gain)
+    def _calibrating(self, grid: Grid, name: str, chosen: Range, gain: float) -> Cause:
+        """The calibration setting that mends a range, where it does not harm the rest; else a return to float."""
+        kind = SATURATION if _width(chosen) > _width(grid.range) else OUTLIER
+        words = self._range_words(grid, chosen, gain)
         numbers = {**self._range_numbers(grid), "clipped_share": grid.clipped_share, "gain_db": gain}
-        if self.methods[method] < self.found.full_sqnr_db - _SAME_DB:
-            harm = f"{words}; but method {method} for all tensors leaves int8 with {self.methods[method]:.1f} dB"
-            return self._excluding(kind, harm, grid, numbers)
-        settings = self.stage.calibration
-        setting = f"calibration.method: {method}"
-        if method == "percentile":
-            setting += f", calibration.percentile: {PERCENTILE:g}"
-        if method == settings.method or (method, settings.method) == ("mse", "histogram"):
-            setting = f"calibration.samples: more than {settings.samples}, as varied as what the model will meet"
-        return Cause(kind, words, setting, self.methods[method], numbers)
+        if name == _SAMPLES:
+            then = self._with({g: g.range_seen_by(self._seen) for g in self.grids})
+            setting = (
+                f"calibration.samples: more than {self.stage.calibration.samples}, as varied as what the model meets"
+            )
+            if self._seen == "minmax" and kind == OUTLIER:  # more images never narrow it
+                start, end = grid.range
+                setting = f"leave the odd images out of train that bring values as far as {start:.4g} to {end:.4g}"
+        else:
+            then, percentile = self.methods[name], METHODS[name]
+            setting = f"calibration.method: {name.partition(' ')[0]}"
+            setting += f", calibration.percentile: {percentile:g}" if percentile is not None else ""
+        if then < self.found.full_sqnr_db - _SAME_DB:
+            return self._excluding(kind, f"{words}; but {setting} leaves full int8 with {then:.1f} dB", grid, numbers)
+        return Cause(kind, words, setting, then, numbers)
 
     def _excluding(self, kind: str, words: str, grid: Grid, numbers: Json) -> Cause:
         """All layers that read or write the tensor back to float: one of them alone would leave it rounded."""
@@ -248,11 +263,11 @@ class _Doctor:
     def _alone(self, layer: str) -> Setting:
         return self.mixed.setting(other for other in self.mixed.layers if other != layer)
 
-    def _with_method(self, method: str) -> float:
-        """SQNR of full int8 with every range chosen by one method on these images."""
+    def _with(self, ranges: Mapping[Grid, Range]) -> float:
+        """SQNR of full int8 with other ranges."""
         rounders: Rounders = {}
-        for grid in self.grids:
-            rounders |= grid.with_range(grid.range_by(method))
+        for grid, chosen in ranges.items():
+            rounders |= grid.with_range(chosen)
         return decibels(self._noise(self.full, rounders))
 
     def _noise(self, setting: Setting, rounders: Rounders | None = None) -> float:
@@ -287,7 +302,7 @@ def _gain(before: float, after: float) -> float:
     return decibels(after) - decibels(before) if before > 0 and after > 0 else (math.inf if before > 0 else 0.0)
 
 
-def _width(ends: tuple[float, float]) -> float:
+def _width(ends: Range) -> float:
     """The width of a range with zero inside."""
     return max(ends[1], 0.0) - min(ends[0], 0.0)
 

@@ -1,13 +1,14 @@
 """The grids that activations are rounded to, beside the values that meet them.
 
-What enters: a calibrated int8 model and held-out images. What leaves: for each grid (scale and zero point, shared by
-the tensors that only move values) what the float values do on it: how many are clipped, how wide the bulk of them is,
-how many steps each channel uses; and other ways to round the same tensors, to try what they would change.
+What enters: a calibrated int8 model, held-out images and the calibration images. What leaves: for each grid (scale and
+zero point, shared by the tensors that only move values) what the float values do on it: how many are clipped, how wide
+the bulk of them is, how many steps each channel uses; and other ways to round the same tensors, to try what they would
+change.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,14 +22,14 @@ from edgecompress.int8.mixed import MixedModel
 
 Rounders = dict[str, Callable[..., Any]]  # by the name of the simulation's rounding node
 
-METHODS = ("minmax", "percentile", "mse")
-PERCENTILE = 99.99
+# Calibration settings that are tried: the method, and its percentile.
+METHODS: dict[str, float | None] = {"minmax": None, "percentile 99.99": 99.99, "percentile 99.9": 99.9, "mse": None}
 _BULK = 99.9  # percent of the values that are called the bulk
 _CHUNK = 8  # images observed at once, so that the sample which is counted is taken from all of them
 _FAKE_QUANTIZE = torch.fake_quantize_per_tensor_affine
 
 
-@dataclass
+@dataclass(eq=False)
 class Grid:
     """One grid, and what the float values of its tensors do on it.
 
@@ -45,7 +46,10 @@ class Grid:
     channels: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)  # least and largest, by float node
 
     def __post_init__(self) -> None:
-        self.observer = ErrorObserver(
+        self.observer, self.calibration = self._observer(), self._observer()
+
+    def _observer(self) -> ErrorObserver:
+        return ErrorObserver(
             dtype=torch.uint8 if self.low == 0 else torch.int8,
             quant_min=self.low,
             quant_max=self.high,
@@ -107,12 +111,12 @@ class Grid:
         self.channels[source] = (low, high)
 
     def range_by(self, method: str) -> Range:
-        """The range that a calibration method chooses from these values."""
-        if method == "minmax":
-            return self.seen
-        if method == "percentile":
-            return percentile_range(self.observer.histogram(), PERCENTILE)
-        return self.observer.chosen_range()
+        """The range that one of METHODS chooses from the calibration images."""
+        return _chosen(self.calibration, method)
+
+    def range_seen_by(self, method: str) -> Range:
+        """The range that one of METHODS would choose from the held-out images."""
+        return _chosen(self.observer, method)
 
     def with_range(self, chosen: Range) -> Rounders:
         """Rounding to as many steps in another range."""
@@ -159,10 +163,20 @@ def channel_axis(values: Tensor) -> int:
     return 1 if values.dim() == 4 else values.dim() - 1
 
 
-def observe_grids(mixed: MixedModel, images: Tensor) -> list[Grid]:
+def _chosen(observer: ErrorObserver, method: str) -> Range:
+    if method == "minmax":
+        return float(observer.min_val), float(observer.max_val)
+    percentile = METHODS[method]
+    if percentile is not None:
+        return percentile_range(observer.histogram(), percentile)
+    return observer.chosen_range()
+
+
+def observe_grids(mixed: MixedModel, images: Tensor, calibration: Iterable[Tensor]) -> list[Grid]:
     """Every grid of the model that calibration chose, with the float values of one batch [N, C, H, W] taken in.
 
-    A grid that is fixed whatever the images say (a share between 0 and 1) is left out.
+    `calibration` gives the batches that the model was calibrated on. A grid that is fixed whatever the images say (a
+    share between 0 and 1) is left out.
     """
     grids: dict[tuple[float, int], Grid] = {}
     for node in mixed.nodes:
@@ -175,19 +189,34 @@ def observe_grids(mixed: MixedModel, images: Tensor) -> list[Grid]:
         grid.rounders[node.name] = mixed.rounded_node(node)
     owners = {source: grid for grid in grids.values() for source in grid.sources}
 
-    class Watching(Interpreter):
-        def run_node(self, n: Node) -> Any:
-            value = super().run_node(n)
-            if n.name in owners:
-                owners[n.name].observe(n.name, value.detach())
-            return value
+    def observe(node: Node, values: Tensor) -> None:
+        owners[node.name].observe(node.name, values)
+
+    def calibrate(node: Node, values: Tensor) -> None:
+        owners[node.name].calibration(values)
 
     with torch.no_grad():
         for chunk in torch.split(images, _CHUNK):
-            Watching(mixed.reference).run(chunk)
+            _Watching(mixed, owners, observe).run(chunk)
+        for batch in calibration:
+            _Watching(mixed, owners, calibrate).run(batch)
     return list(grids.values())
 
 
 def _numbers(node: Node) -> tuple[float, int, int, int]:
     _, scale, zero_point, low, high = node.args[:5]
     return float(scale), int(zero_point), int(low), int(high)  # type: ignore[arg-type]
+
+
+class _Watching(Interpreter):
+    """Runs the float graph and shows the values of some of its nodes."""
+
+    def __init__(self, mixed: MixedModel, names: Container[str], show: Callable[[Node, Tensor], None]) -> None:
+        super().__init__(mixed.reference)
+        self._names, self._show = names, show
+
+    def run_node(self, n: Node) -> Any:
+        value = super().run_node(n)
+        if n.name in self._names:
+            self._show(n, value.detach())
+        return value
