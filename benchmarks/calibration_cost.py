@@ -325,7 +325,10 @@ def main() -> None:
     if arguments.ort_samples:
         notes.print(f"ONNX Runtime, {arguments.ort_method}")
         with tempfile.TemporaryDirectory() as folder:
-            rows.append(ort_row(arguments, Path(folder)))
+            try:
+                rows.append(ort_row(arguments, Path(folder)))
+            except RuntimeError as error:  # the rows above must not be lost
+                notes.print(f"left out: {str(error).splitlines()[-1]}")
     show(console, rows, arguments.batch_size)
     facts = describe_machine()
     console.print(f"machine: {summarize_machine(facts)}; threads: {arguments.threads or 'default'}; {versions()}")
