@@ -5,7 +5,7 @@
 
 Weights are random and seeded, batch norm statistics are those of a few batches of the images used, and the images are
 smooth random ones: enough for speed and for where the noise of int8 goes, not for accuracy. Prints, for fp32, ours
-(full int8, `effort: fast`, min-max ranges as in the other) and ORT's (uint8 activations, int8 weights per channel, MinMax, QDQ, after
+(full int8, `effort: fast`, min-max ranges) and ORT's (uint8 activations, int8 weights per channel, MinMax, QDQ, after
 `quant_pre_process`): latency of one image with the 95 % intervals of the ratios, measured interleaved in fresh
 processes; the share of MACs in int8; the SQNR of logits; and how many nodes run on integers, convert, or stay in
 float after ONNX Runtime's optimizer. `--folder` keeps the files and uses those that are there already.
