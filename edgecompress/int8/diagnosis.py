@@ -65,7 +65,7 @@ class Diagnosis:
 
     def to_dict(self) -> Json:
         """As JSON holds it."""
-        return asdict(self)
+        return asdict(self) | {"causes": [asdict(cause) for cause in self.causes]}
 
 
 @dataclass(frozen=True)
@@ -158,7 +158,7 @@ class _Doctor:
         name = _SAMPLES if _gain(noises[best], noises[_SAMPLES]) >= _HELPS_DB else best
         gain = _gain(now, noises[name])
         if gain >= _HELPS_DB:
-            return [self._calibrating(grid, name, choices[name], gain)]
+            return self._calibrating(grid, name, choices[name], gain)
         part = _only(alone, grid)
         least = min(self._noise(part), *(self._noise(part, grid.with_range(ends)) for ends in choices.values()))
         channels = _gain(least, self._noise(part, grid.per_channel()))
@@ -177,13 +177,13 @@ class _Doctor:
                 "median_steps": float(steps.median()),
                 "gain_db": channels,
             }
-            return [self._excluding(NARROW_CHANNEL, words, grid, numbers)]
+            return self._excluding(NARROW_CHANNEL, words, grid, numbers)
         if outliers >= _EXPLAINS_DB:
             words = (
                 f"{self._spread(grid)}; both matter, so no calibration method wins {_HELPS_DB:g} dB here, while "
                 f"outliers in float would win {outliers:.1f} dB in this tensor"
             )
-            return [self._excluding(OUTLIER, words, grid, {**self._range_numbers(grid), "gain_db": outliers})]
+            return self._excluding(OUTLIER, words, grid, {**self._range_numbers(grid), "gain_db": outliers})
         return []
 
     @property
@@ -210,7 +210,7 @@ class _Doctor:
             return f"the range {start:.4g} to {end:.4g} of {name} does not fit the values; {other}"
         return f"{self._spread(grid)}; the range is {start:.4g} to {end:.4g}, {other}"
 
-    def _calibrating(self, grid: Grid, name: str, chosen: Range, gain: float) -> Cause:
+    def _calibrating(self, grid: Grid, name: str, chosen: Range, gain: float) -> list[Cause]:
         """The calibration setting that mends a range, where it does not harm the rest; else a return to float."""
         kind = SATURATION if _width(chosen) > _width(grid.range) else OUTLIER
         words = self._range_words(grid, chosen, gain)
@@ -229,13 +229,18 @@ class _Doctor:
             setting += f", calibration.percentile: {percentile:g}" if percentile is not None else ""
         if then < self.found.full_sqnr_db - _SAME_DB:
             return self._excluding(kind, f"{words}; but {setting} leaves full int8 with {then:.1f} dB", grid, numbers)
-        return Cause(kind, words, setting, then, numbers)
+        return [Cause(kind, words, setting, then, numbers)]
 
-    def _excluding(self, kind: str, words: str, grid: Grid, numbers: Json) -> Cause:
-        """All layers that read or write the tensor back to float: one of them alone would leave it rounded."""
+    def _excluding(self, kind: str, words: str, grid: Grid, numbers: Json) -> list[Cause]:
+        """All layers that read or write the tensor back to float: one of them alone would leave it rounded.
+
+        No cause where that does not help all of int8, since nothing would be mended.
+        """
         layers = [layer for layer in self.mixed.layers if grid.sources & self._alone(layer).rounded]
         mended = decibels(self._noise(self.mixed.setting(layers)))
-        return Cause(kind, words, _exclude(layers), mended, numbers)
+        if mended < self.found.full_sqnr_db + _SAME_DB:
+            return []
+        return [Cause(kind, words, _exclude(layers), mended, numbers)]
 
     def _weights(self, alone: Setting, row: LayerSensitivity) -> list[Cause]:
         """Weights that would do better in float, and by how much; narrow channels where few integers are used."""
@@ -258,6 +263,8 @@ class _Doctor:
         effort = _next_effort(self.stage.effort)
         if effort is not None:
             return [Cause(kind, words, f"effort: {effort}", None, numbers)]
+        if row.gain_db < _SAME_DB:
+            return []  # the layers behind it were rounded to make good what it loses
         return [Cause(kind, words, _exclude([row.layer]), row.without_sqnr_db, numbers)]
 
     def _alone(self, layer: str) -> Setting:
