@@ -11,6 +11,7 @@ kernel stays in float.
 from __future__ import annotations
 
 import fnmatch
+import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -309,7 +310,7 @@ def _has_constant_weight(node: Node) -> bool:
 
 def _starts_at_zero(node: Node) -> bool:
     """Whether a tensor holds nothing below zero by the operator that made it."""
-    if node.target in (aten.cat.default, *_MOVERS, *_POOLING):
+    if node.target in (operator.getitem, *_SPLITTERS, *_MOVERS, *_POOLING):
         first = node.args[0]
         return all(_starts_at_zero(source) for source in _nodes(first if isinstance(first, (list, tuple)) else [first]))
     is_clamp = node.target in _CLAMPS and _clamps_from_zero(node)
