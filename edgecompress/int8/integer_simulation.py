@@ -102,9 +102,9 @@ class IntegerSum(nn.Module):
     def __init__(self, left: Grid, right: Grid, output: Grid) -> None:
         super().__init__()
         left_ratio, right_ratio = left.scale / output.scale, right.scale / output.scale
-        self._fixed = float(
-            torch.tensor(float(output.zero_point)) - (left_ratio * left.zero_point + right_ratio * right.zero_point)
-        )
+        # The compiler fuses the first of the two products with the sum: it is not rounded, the second one is.
+        shift = left_ratio.double() * left.zero_point + (right_ratio * right.zero_point).double()
+        self._fixed = float(torch.tensor(float(output.zero_point)) - shift.to(torch.float32))
         self._left, self._right, self._output = float(left_ratio), float(right_ratio), output
 
     def forward(self, left: Tensor, right: Tensor) -> Tensor:
