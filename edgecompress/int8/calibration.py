@@ -9,6 +9,7 @@ there, and the rest by a strided sample: counting every value of a ResNet-50 tak
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -145,8 +146,9 @@ class CountingObserver(RangeObserver):
             return float(self.min_val), float(self.max_val)
         return self._choose(self.histogram())
 
+    @abstractmethod
     def _choose(self, histogram: Histogram) -> Range:
-        raise NotImplementedError
+        """The ends of the range, by the method that a subclass stands for."""
 
     @property
     def levels(self) -> int:

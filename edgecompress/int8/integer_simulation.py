@@ -21,11 +21,9 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 from torch.nn import functional
 
+from edgecompress.int8.operators import DEQUANTIZE, DEQUANTIZE_CHANNELS, QUANTIZE
+
 aten = torch.ops.aten
-_quantized_ops = torch.ops.quantized_decomposed
-_QUANTIZE = _quantized_ops.quantize_per_tensor.default
-_DEQUANTIZE = _quantized_ops.dequantize_per_tensor.default
-_DEQUANTIZE_CHANNELS = _quantized_ops.dequantize_per_channel.default
 _CONVOLUTIONS = {aten.conv2d.default, aten.conv2d.padding}
 _CLAMPS = {aten.relu.default, aten.relu_.default, aten.relu6.default, aten.hardtanh.default, aten.hardtanh_.default}
 _SUMS = {aten.add.Tensor, aten.add_.Tensor}
@@ -189,9 +187,9 @@ class _Builder:
         bias = node.args[2] if len(node.args) > 2 else None
         assert isinstance(source, Node)
         grid = self._grid_of(source)
-        if grid is None or not isinstance(weight, Node) or weight.target is not _DEQUANTIZE_CHANNELS:
+        if grid is None or not isinstance(weight, Node) or weight.target is not DEQUANTIZE_CHANNELS:
             return
-        if isinstance(bias, Node) and bias.target is not _DEQUANTIZE_CHANNELS:
+        if isinstance(bias, Node) and bias.target is not DEQUANTIZE_CHANNELS:
             return
         quantize = self._quantize_behind(node)
         gives_logits = all(user.op == "output" for user in node.users)
@@ -224,9 +222,9 @@ class _Builder:
     def replace_boundaries(self) -> None:
         """Quantize and dequantize nodes that belong to no kernel: the same arithmetic, integers held in float32."""
         for node in list(self.twin.graph.nodes):
-            if node.op != "call_function" or node.target not in (_QUANTIZE, _DEQUANTIZE):
+            if node.op != "call_function" or node.target not in (QUANTIZE, DEQUANTIZE):
                 continue
-            if node.target is _QUANTIZE:
+            if node.target is QUANTIZE:
                 new = self.done.get(node)
                 if new is None:
                     with self.twin.graph.inserting_before(node):
@@ -239,14 +237,14 @@ class _Builder:
 
     def _grid_of(self, node: Node) -> Grid | None:
         """The grid of a tensor that is read back from integers, or None."""
-        return Grid(node.args[1:5]) if node.target is _DEQUANTIZE else None
+        return Grid(node.args[1:5]) if node.target is DEQUANTIZE else None
 
     def _quantize_behind(self, node: Node) -> Node | None:
         """The quantize node behind `node`, through one clamp that the grid's own range replaces."""
         users = list(node.users)
         if len(users) == 1 and users[0].target in _CLAMPS:
             users = list(users[0].users)
-        return users[0] if len(users) == 1 and users[0].target is _QUANTIZE else None
+        return users[0] if len(users) == 1 and users[0].target is QUANTIZE else None
 
     def _constant(self, node: Any) -> Tensor:
         value: Any = self.twin

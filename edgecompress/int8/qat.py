@@ -24,13 +24,10 @@ from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from edgecompress.errors import QuantizationError
+from edgecompress.int8.operators import DEQUANTIZE, DEQUANTIZE_CHANNELS, QUANTIZE
 from edgecompress.int8.quantized_model import QuantizedModel
 
 aten = torch.ops.aten
-_quantized_ops = torch.ops.quantized_decomposed
-_QUANTIZE = _quantized_ops.quantize_per_tensor.default
-_DEQUANTIZE = _quantized_ops.dequantize_per_tensor.default
-_DEQUANTIZE_CHANNELS = _quantized_ops.dequantize_per_channel.default
 _CLAMPS_WITH_A_LIMIT = {aten.relu6.default, aten.hardtanh.default, aten.hardtanh_.default}
 _INT32_LIMIT = 2**31 - 1
 
@@ -241,15 +238,15 @@ def _layers(graph: GraphModule) -> Iterator[_Layer]:
     """Every layer that reads int8 weights, in graph order."""
     for node in graph.graph.nodes:
         weight = node.args[1] if node.op == "call_function" and len(node.args) > 1 else None
-        if not isinstance(weight, Node) or weight.target is not _DEQUANTIZE_CHANNELS:
+        if not isinstance(weight, Node) or weight.target is not DEQUANTIZE_CHANNELS:
             continue
         source = node.args[0]
-        if not isinstance(source, Node) or source.target is not _DEQUANTIZE or weight.args[3] != 0:
+        if not isinstance(source, Node) or source.target is not DEQUANTIZE or weight.args[3] != 0:
             raise QuantizationError(
                 f"{node.name}: quantization-aware training needs an int8 input and weights per output"
             )
         bias = node.args[2] if len(node.args) > 2 else None
-        has_bias = isinstance(bias, Node) and bias.target is _DEQUANTIZE_CHANNELS
+        has_bias = isinstance(bias, Node) and bias.target is DEQUANTIZE_CHANNELS
         yield _Layer(
             name=str(node.name),
             integers=_target(weight.args[0]),
@@ -266,7 +263,7 @@ def _insert_activations(twin: GraphModule) -> dict[str, _Step]:
     Pairs with the same scale and zero point share a step: the observers that PT2E shared are no longer known
     in a converted graph, and two tensors with equal ranges lose nothing by it.
     """
-    pairs = [node for node in twin.graph.nodes if node.target is _DEQUANTIZE and _is_quantized(node)]
+    pairs = [node for node in twin.graph.nodes if node.target is DEQUANTIZE and _is_quantized(node)]
     largest: dict[tuple[float, int], float] = {}
     for node in pairs:
         written = node.args[0]
@@ -295,7 +292,7 @@ def _insert_activations(twin: GraphModule) -> dict[str, _Step]:
 
 def _is_quantized(node: Node) -> bool:
     source = node.args[0]
-    return isinstance(source, Node) and source.target is _QUANTIZE
+    return isinstance(source, Node) and source.target is QUANTIZE
 
 
 def _scale_of(node: Any) -> tuple[float, int]:

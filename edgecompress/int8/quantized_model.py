@@ -25,16 +25,13 @@ from edgecompress.errors import RunError
 from edgecompress.int8.calibration import CalibrationFacts
 from edgecompress.int8.capture import capture
 from edgecompress.int8.integer_simulation import simulate_integers
+from edgecompress.int8.operators import DEQUANTIZE, DEQUANTIZE_CHANNELS, QUANTIZE
 from edgecompress.int8.quantizer import OnnxRuntimeQuantizer
 from edgecompress.int8.scheme import Scheme
 from edgecompress.run_directory import atomic_path, write_text
 
 _SCALES = "activation_scales"
 _ZERO_POINTS = "activation_zero_points"
-_quantized_ops = torch.ops.quantized_decomposed
-_QUANTIZE = _quantized_ops.quantize_per_tensor.default
-_DEQUANTIZE = _quantized_ops.dequantize_per_tensor.default
-_DEQUANTIZE_CHANNELS = _quantized_ops.dequantize_per_channel.default
 
 
 @dataclass(frozen=True)
@@ -61,7 +58,7 @@ class QuantizedModel:
 
 def _activation_nodes(graph: GraphModule) -> list[Node]:
     """Every per-tensor quantize and dequantize node, in graph order."""
-    return [node for node in graph.graph.nodes if node.target in (_QUANTIZE, _DEQUANTIZE)]
+    return [node for node in graph.graph.nodes if node.target in (QUANTIZE, DEQUANTIZE)]
 
 
 def _constants(graph: GraphModule) -> dict[str, Tensor]:
@@ -150,12 +147,12 @@ def simulate(converted: GraphModule) -> GraphModule:
     twin = copy.deepcopy(converted)
     constants = _constants(twin)
     for node in list(twin.graph.nodes):
-        if node.target not in (_DEQUANTIZE, _DEQUANTIZE_CHANNELS):
+        if node.target not in (DEQUANTIZE, DEQUANTIZE_CHANNELS):
             continue
         source = node.args[0]
         if source.op == "get_attr":
             _fold_constant(twin, node, constants)
-        elif source.target is _QUANTIZE:
+        elif source.target is QUANTIZE:
             value, scale, zero_point, low, high = source.args[:5]
             with twin.graph.inserting_before(node):
                 fused = twin.graph.call_function(

@@ -19,6 +19,7 @@ from torch.fx import GraphModule, Interpreter, Node
 from torch.nn import functional
 
 from edgecompress import console
+from edgecompress.int8.operators import DEQUANTIZE_CHANNELS
 
 _DAMPING = 0.01  # share of the mean diagonal added to the Hessian, GPTQ's own default
 _BLOCK = 64
@@ -111,15 +112,14 @@ def _weight_sites(converted: GraphModule) -> Iterator[tuple[str, _WeightSite]]:
         assert isinstance(value, Tensor)
         return value
 
-    dequantize = torch.ops.quantized_decomposed.dequantize_per_channel.default
     for node in converted.graph.nodes:
         if node.target not in _CONVOLUTIONS and node.target is not aten.linear.default:
             continue
         weight = node.args[1]
-        if not isinstance(weight, Node) or weight.target is not dequantize:
+        if not isinstance(weight, Node) or weight.target is not DEQUANTIZE_CHANNELS:
             continue
         bias = node.args[2] if len(node.args) > 2 else None
-        has_bias = isinstance(bias, Node) and bias.target is dequantize
+        has_bias = isinstance(bias, Node) and bias.target is DEQUANTIZE_CHANNELS
         yield (
             node.name,
             _WeightSite(
