@@ -45,6 +45,7 @@ from edgecompress.run_state import (
 from edgecompress.stages import PreparedSplits, StageContext, qat_stage, run_stage
 from edgecompress.target import Target
 from edgecompress.training import EpochRecord
+from edgecompress.training_state import Progress
 
 _DEFAULT_CHANNEL_MULTIPLE = 8
 
@@ -119,6 +120,7 @@ def apply_recipe(recipe: Recipe, run: RunDirectory, target: Target | None) -> Js
         facts |= {"status": "complete", "seconds": time.perf_counter() - started, "error": None}
         write_json(run.stage(stage.id) / "result.json", {"id": stage.id, "kind": stage.kind, **facts})
         _update_entry(run, stage.id, facts)
+        _progress(run, stage.id).clear()
         console.note(
             f"stage {stage.id}: accuracy {facts['accuracy']:.2%} ({facts['accuracy_split']}); {facts['summary']}"
         )
@@ -194,11 +196,18 @@ def _train(
     target: Target | None,
     earlier: dict[str, Checkpoint],
 ) -> tuple[Checkpoint, Json]:
-    context = training_context(recipe, run, data, splits, target, {"stage": stage.id}, earlier=earlier.__getitem__)
+    labels: Json = {"stage": stage.id}
+    context = training_context(
+        recipe, run, data, splits, target, labels, earlier=earlier.__getitem__, progress=_progress(run, stage.id)
+    )
     outcome = run_stage(stage, current, context)
     save_checkpoint(outcome.checkpoint, run.stage(stage.id))
     facts = _evaluate(run, stage.id, outcome.checkpoint, data, splits)
     return outcome.checkpoint, facts | {"epochs": outcome.epochs, "summary": outcome.summary}
+
+
+def _progress(run: RunDirectory, stage_id: str) -> Progress:
+    return Progress(run.stage(stage_id) / "progress")
 
 
 def training_context(
@@ -210,14 +219,22 @@ def training_context(
     labels: Json,
     *,
     earlier: Callable[[str], Checkpoint] | None = None,
+    progress: Progress | None = None,
 ) -> StageContext:
     """What a stage needs to train in this run; `labels` go into each of its lines in metrics.jsonl.
 
-    Left out, `earlier` reads an earlier stage from its folder.
+    Left out, `earlier` reads an earlier stage from its folder. With `progress`, training goes on where it stopped.
     """
 
-    def log(record: EpochRecord) -> None:
-        run.append_metrics({**labels, **record.__dict__})
+    def key(line: Json) -> tuple[object, ...]:
+        return tuple(line.get(name) for name in ("stage", "phase", "epoch"))
+
+    written = {key(line) for line in run.read_metrics()} if progress else set()
+
+    def log(phase: str, record: EpochRecord) -> None:
+        line = {**labels, "phase": phase, **record.__dict__}
+        if key(line) not in written:  # a fit that goes on tells of its earlier epochs again
+            run.append_metrics(line)
 
     return StageContext(
         recipe=recipe,
@@ -226,6 +243,7 @@ def training_context(
         channel_multiple=target.channel_multiple if target else _DEFAULT_CHANNEL_MULTIPLE,
         earlier=earlier or (lambda stage_id: load_checkpoint(run.stage(stage_id))),
         on_epoch=log,
+        progress=progress,
     )
 
 
@@ -307,7 +325,8 @@ def _quantize(
     model, samples = _placed_model(recipe, stage, scheme, run, current, data, splits, target)
     trained = None
     if isinstance(stage, QatStage):
-        context = training_context(recipe, run, data, splits, target, {"stage": stage.id})
+        labels: Json = {"stage": stage.id}
+        context = training_context(recipe, run, data, splits, target, labels, progress=_progress(run, stage.id))
         trained = qat_stage(stage, model, current, context)
         (console.note if trained.is_trained else console.warn)(f"stage {stage.id}: {trained.summary}")
         model = trained.model

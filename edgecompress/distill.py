@@ -7,6 +7,7 @@ function, so the training loop does not know whether a teacher stands behind it.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -15,15 +16,32 @@ from torch.nn import functional
 from edgecompress.errors import ModelError
 from edgecompress.preprocessing import Preprocessing
 
-LossFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""(normalized images [N, C, H, W], logits [N, K], labels [N]) -> scalar."""
+
+@dataclass(frozen=True)
+class TrainingBatch:
+    """What one step trains on.
+
+    `images` are normalized [N, C, H, W]; `labels` are classes [N], or shares of the classes [N, K] where images were
+    mixed; `indices` [N] are the images' positions in the split, None where images were mixed.
+    """
+
+    images: Tensor
+    labels: Tensor
+    indices: Tensor | None
+
+
+LossFunction = Callable[[TrainingBatch, Tensor], Tensor]
+"""(batch, logits [N, K]) -> scalar, the mean over the batch.
+
+Where it is a module, its parameters are trained along and dropped afterwards; a teacher must be none of its children.
+"""
 
 
 def label_loss(label_smoothing: float = 0.0) -> LossFunction:
     """Cross-entropy with the labels."""
 
-    def loss(images: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
-        return functional.cross_entropy(logits.float(), labels, label_smoothing=label_smoothing)
+    def loss(batch: TrainingBatch, logits: Tensor) -> Tensor:
+        return functional.cross_entropy(logits.float(), batch.labels, label_smoothing=label_smoothing)
 
     return loss
 
@@ -47,12 +65,12 @@ def distillation_loss(
     teacher.eval().requires_grad_(False)
     labels_only = label_loss(label_smoothing)
 
-    def loss(images: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
-        teacher.to(images.device)  # a no-op after the first batch
+    def loss(batch: TrainingBatch, logits: Tensor) -> Tensor:
+        teacher.to(batch.images.device)  # a no-op after the first batch
         with torch.no_grad():
-            targets = teacher(images)
+            targets = teacher(batch.images)
         soft = soft_target_divergence(logits, targets, temperature)
-        return alpha * soft + (1.0 - alpha) * labels_only(images, logits, labels)
+        return alpha * soft + (1.0 - alpha) * labels_only(batch, logits)
 
     return loss
 

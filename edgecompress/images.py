@@ -207,18 +207,22 @@ class PreparedSplit:
         image that cannot be decoded.
         """
         order = torch.arange(len(self)) if indices is None else indices.to("cpu", torch.int64)
+        yield from self.batches_of(torch.split(order, batch_size) if len(order) else ())
+
+    def batches_of(self, chosen: Sequence[torch.Tensor]) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Yield (images, labels) of each of the given int64 index tensors, as `batches` does."""
         if self._images is not None:
-            for start in range(0, len(order), batch_size):
-                chosen = order[start : start + batch_size]
-                yield self._images[chosen], self.labels[chosen]
+            for positions in chosen:
+                yield self._images[positions], self.labels[positions]
             return
+        order = [index for positions in chosen for index in positions.tolist()]
         # Two batches ahead: one is being put together while the next is decoded.
-        decoded = _decode_ahead(self._items, self._preprocessing, order.tolist(), ahead=2 * batch_size)
+        ahead = 2 * max((len(positions) for positions in chosen), default=0)
+        decoded = _decode_ahead(self._items, self._preprocessing, order, ahead=ahead)
         try:
-            for start in range(0, len(order), batch_size):
-                chosen = order[start : start + batch_size]
-                pixels = [_or_raise(next(decoded)) for _ in range(len(chosen))]
-                yield torch.from_numpy(np.stack(pixels)), self.labels[chosen]
+            for positions in chosen:
+                pixels = [_or_raise(next(decoded)) for _ in range(len(positions))]
+                yield torch.from_numpy(np.stack(pixels)), self.labels[positions]
         finally:
             decoded.close()
 

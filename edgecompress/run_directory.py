@@ -151,6 +151,17 @@ class RunDirectory:
         with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(_finite(record), default=str) + "\n")
 
+    def read_metrics(self) -> list[Json]:
+        """Every line of metrics.jsonl. One that a crash cut off at the end of the file is removed from it."""
+        path = self.path / "metrics.jsonl"
+        if not path.is_file():
+            return []
+        text = path.read_text(encoding="utf-8")
+        whole, _, rest = text.rpartition("\n")
+        if rest:
+            write_text(path, whole + "\n" if whole else "")
+        return [json.loads(line) for line in whole.splitlines()]
+
     def artifacts(self) -> dict[str, str]:
         """sha256 of every file of the run but the manifest and the log, by path relative to the run."""
         skipped = {"run.json", "metrics.jsonl"}

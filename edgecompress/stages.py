@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -35,6 +36,7 @@ from edgecompress.recipe import (
     TrainStage,
 )
 from edgecompress.training import EpochRecord, FitResult, fit
+from edgecompress.training_state import Progress
 
 # Quantization-aware training against the float model itself: its probabilities as they are, and no labels, which it
 # has already learned from.
@@ -69,7 +71,10 @@ class StageContext:
     splits: PreparedSplits
     channel_multiple: int
     earlier: Callable[[str], Checkpoint]
-    on_epoch: Callable[[EpochRecord], None]
+    on_epoch: Callable[[str, EpochRecord], None]
+    """Called with the phase of the stage (a stage that cuts in steps fits several times) and each epoch's record."""
+    progress: Progress | None = None
+    """Where a fit saves how far it is; None saves nothing."""
 
 
 @dataclass(frozen=True)
@@ -215,8 +220,10 @@ def qat_stage(stage: QatStage, model: QuantizedModel, source: Checkpoint, contex
         precision="fp32",
         seed=context.recipe.seed * 1009,
         description=stage.id,
-        on_epoch=context.on_epoch,
+        on_epoch=partial(context.on_epoch, ""),
         layout_of=source.module,
+        state=context.progress.phase(stage.id) if context.progress else None,
+        shared=False,  # what it starts from was calibrated, and placed by measuring, in this process alone
     )
     trained = trainable.quantized(f"trained for {stage.epochs} epochs with {teacher}")
     scores: list[tuple[float, float]] = []
@@ -253,6 +260,7 @@ def _fit(
 ) -> FitResult:
     preprocessing = checkpoint.architecture.preprocessing
     identifier = str(getattr(stage, "id", "train"))
+    description = f"{identifier} {step}".strip()
     return fit(
         checkpoint.module,
         settings=stage,
@@ -263,9 +271,10 @@ def _fit(
         preprocessing=preprocessing,
         precision=context.recipe.precision,
         seed=context.recipe.seed * 1009 + seed_offset,
-        description=f"{identifier} {step}".strip(),
-        on_epoch=context.on_epoch,
+        description=description,
+        on_epoch=partial(context.on_epoch, step),
         after_step=after,
+        state=context.progress.phase(description) if context.progress else None,
     )
 
 

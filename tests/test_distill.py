@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from edgecompress.distill import TeacherView, distillation_loss, label_loss, soft_target_divergence
+from edgecompress.distill import TeacherView, TrainingBatch, distillation_loss, label_loss, soft_target_divergence
 from edgecompress.errors import ModelError
 from edgecompress.preprocessing import Preprocessing
 
@@ -46,8 +46,9 @@ def test_alpha_mixes_the_two_terms() -> None:
     inputs, logits = torch.randn(6, 3), torch.randn(6, 4)
     labels = torch.tensor([0, 1, 2, 3, 0, 1])
     soft = soft_target_divergence(logits, teacher(inputs), 3.0)
-    hard = label_loss()(inputs, logits, labels)
-    mixed = distillation_loss(teacher, temperature=3.0, alpha=0.25)(inputs, logits, labels)
+    batch = TrainingBatch(inputs, labels, None)
+    hard = label_loss()(batch, logits)
+    mixed = distillation_loss(teacher, temperature=3.0, alpha=0.25)(batch, logits)
     assert float(mixed) == pytest.approx(0.25 * float(soft.detach()) + 0.75 * float(hard), rel=1e-5)
 
 
@@ -55,9 +56,8 @@ def test_the_teacher_is_frozen_and_in_eval_mode() -> None:
     teacher = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)).train()
     before = {name: value.clone() for name, value in teacher.state_dict().items()}
     logits = torch.randn(6, 4, requires_grad=True)
-    distillation_loss(teacher, temperature=3.0, alpha=1.0)(
-        torch.randn(6, 3), logits, torch.zeros(6, dtype=torch.long)
-    ).backward()
+    batch = TrainingBatch(torch.randn(6, 3), torch.zeros(6, dtype=torch.long), None)
+    distillation_loss(teacher, temperature=3.0, alpha=1.0)(batch, logits).backward()
     assert not teacher.training
     assert all(not p.requires_grad and p.grad is None for p in teacher.parameters())
     assert all(torch.equal(before[name], value) for name, value in teacher.state_dict().items())

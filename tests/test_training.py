@@ -2,17 +2,16 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 from edgecompress.data import PreparedSplit
-from edgecompress.distill import LossFunction, label_loss
+from edgecompress.distill import LossFunction, TrainingBatch, label_loss
 from edgecompress.errors import TrainingError
 from edgecompress.models import build
-from edgecompress.recipe import AugmentSettings, TrainingSettings
-from edgecompress.training import EpochRecord, FitResult, augment, fit, resolve_precision
+from edgecompress.recipe import TrainingSettings
+from edgecompress.training import EpochRecord, FitResult, fit, resolve_precision
 from small_models import digits_data, small_architecture
 
 pytestmark = pytest.mark.slow
@@ -74,7 +73,7 @@ def test_adamw_learns_too(splits: dict[str, PreparedSplit]) -> None:
 
 
 def test_a_loss_that_is_not_finite_stops_with_advice(splits: dict[str, PreparedSplit]) -> None:
-    def broken(images: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
+    def broken(batch: TrainingBatch, logits: Tensor) -> Tensor:
         return logits.sum() * float("nan")
 
     with pytest.raises(TrainingError, match="not finite in epoch 1; lower learning_rate"):
@@ -85,26 +84,3 @@ def test_precision_names() -> None:
     assert resolve_precision("fp32") == "no"
     assert resolve_precision("bf16") == "bf16"
     assert resolve_precision("auto") in ("no", "bf16", "fp16")
-
-
-def test_augmentation_off_changes_nothing() -> None:
-    batch = torch.randint(0, 256, (4, 3, 8, 8), dtype=torch.uint8)
-    assert torch.equal(augment(batch, AugmentSettings(), torch.Generator()), batch)
-
-
-def test_shift_moves_each_image_by_whole_pixels() -> None:
-    batch = torch.zeros(64, 1, 9, 9, dtype=torch.uint8)
-    batch[:, :, 4, 4] = 255
-    shifted = augment(batch, AugmentSettings(shift_pixels=2), torch.Generator().manual_seed(0))
-    places = np.argwhere(shifted.numpy()[:, 0] == 255)
-    assert len(places) == 64
-    assert set(np.abs(places[:, 1:] - 4).ravel()) == {0, 1, 2}
-    assert len({tuple(place) for place in places[:, 1:]}) > 10
-
-
-def test_flip_turns_about_half_of_the_images() -> None:
-    batch = torch.arange(8, dtype=torch.uint8).expand(200, 1, 8, 8).contiguous()
-    flipped = augment(batch, AugmentSettings(horizontal_flip=True), torch.Generator().manual_seed(0))
-    turned = int((flipped[:, 0, 0, 0] == 7).sum())
-    assert 70 < turned < 130
-    assert torch.equal(flipped.sort(dim=-1).values, batch)
