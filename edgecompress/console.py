@@ -74,11 +74,11 @@ Advance = Callable[..., None]
 @contextmanager
 def progress(description: str, total: int) -> Iterator[Advance]:
     """A progress bar. Yields `advance(count=1, status="")`; `status` is shown at the bar's end."""
-    console = stderr()
-    started = time.monotonic()
     if _settings.quiet:
         yield lambda count=1, status="": None
         return
+    console = stderr()
+    started = time.monotonic()
     if not console.is_terminal:
         last = {"status": ""}
 

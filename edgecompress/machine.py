@@ -14,9 +14,10 @@ import os
 import platform
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from edgecompress.target import Target, load_target
+if TYPE_CHECKING:  # pydantic and yaml, which a device has no use for: a bundle ships this module there
+    from edgecompress.target import Target
 
 ROOT = Path("/")
 _ARCHITECTURES = {"amd64": "x86_64", "x64": "x86_64", "arm64": "aarch64"}
@@ -180,6 +181,8 @@ def describe_machine(root: Path = ROOT) -> dict[str, Any]:
 
 def own_target() -> Target:
     """The shipped target of the machine at hand: arm64 or x86."""
+    from edgecompress.target import load_target
+
     return load_target("arm64" if architecture() == "aarch64" else "x86")
 
 
@@ -203,22 +206,28 @@ def versions() -> dict[str, str]:
 
 
 def fits(target: Target, root: Path = ROOT) -> list[str]:
-    """Reasons why the machine at hand is not this target; empty when it is.
+    """Reasons why the machine at hand is not this target; empty when it is."""
+    facts = {"architecture": architecture(), "isa": isa_features(root), "device_model": device_model(root)}
+    return mismatches(target, facts)
+
+
+def mismatches(target: Target, facts: dict[str, Any], *, place: str = "this machine") -> list[str]:
+    """Reasons why a machine with these facts (`describe_machine`) is not this target; empty when it is.
 
     An `isa` entry like `avx512_vnni|avx_vnni` asks for either feature. Where the system lists no features
-    (macOS, Windows), only the architecture and the board are compared.
+    (macOS, Windows), only the architecture and the board are compared. `place` is what the reasons call it.
     """
     reasons: list[str] = []
-    if target.architecture != architecture():
-        reasons.append(f"target {target.name} is {target.architecture}, this machine is {architecture()}")
-    present = isa_features(root)
+    if target.architecture != facts["architecture"]:
+        reasons.append(f"target {target.name} is {target.architecture}, {place} is {facts['architecture']}")
+    present = facts["isa"]
     if not reasons and present is not None:
         for entry in target.isa:
             if not set(entry.split("|")) & set(present):
                 wanted = " or ".join(entry.split("|"))
-                reasons.append(f"target {target.name} has {wanted}, this machine's CPU does not")
-    board = device_model(root)
+                reasons.append(f"target {target.name} has {wanted}, {place}'s CPU does not")
+    board = facts["device_model"]
     if target.device_model is not None and target.device_model not in (board or ""):
-        found = f"this machine is '{board}'" if board else "this machine names no board"
+        found = f"{place} is '{board}'" if board else f"{place} names no board"
         reasons.append(f"target {target.name} is a '{target.device_model}', {found}")
     return reasons

@@ -25,6 +25,7 @@ import numpy as np
 import numpy.typing as npt
 
 from edgecompress import console
+from edgecompress.answers import Answers
 from edgecompress.errors import ProfileError
 from edgecompress.statistics import (
     Interval,
@@ -93,6 +94,30 @@ class LatencyMeasurement:
         """A latency percentile of one model, in ms."""
         return bootstrap_percentile_interval(self.windows_ms[name], percentile)
 
+    def to_dict(self) -> dict[str, Any]:
+        """Every latency, ready for JSON; `from_dict` reads it back."""
+        windows = {
+            name: [[window.tolist() for window in process] for process in processes]
+            for name, processes in self.windows_ms.items()
+        }
+        return {
+            "windows_ms": windows,
+            "reference_ms": [loop.tolist() for loop in self.reference_ms],
+            "steady_processes": self.steady_processes,
+            "seconds": self.seconds,
+            "stopped_because": self.stopped_because,
+        }
+
+    @classmethod
+    def from_dict(cls, document: dict[str, Any]) -> LatencyMeasurement:
+        """What `to_dict` wrote."""
+        windows = {
+            name: [[np.array(window, dtype=np.float64) for window in process] for process in processes]
+            for name, processes in document["windows_ms"].items()
+        }
+        reference = [np.array(loop, dtype=np.float64) for loop in document["reference_ms"]]
+        return cls(**{**document, "windows_ms": windows, "reference_ms": reference})
+
 
 @dataclass(frozen=True)
 class FreshMeasurement:
@@ -114,6 +139,17 @@ def _environment() -> dict[str, str]:
     paths = [package_root, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
     pools = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "VECLIB_MAXIMUM_THREADS")
     return {**os.environ, **dict.fromkeys(pools, "1"), "PYTHONPATH": os.pathsep.join(paths)}
+
+
+def _answer(request: dict[str, Any], *, what: str, timeout: float, answers: Answers | None) -> dict[str, Any]:
+    """The answer kept from an earlier attempt, or one from a fresh process, which is then kept."""
+    known = None if answers is None else answers.take(request)
+    if known is not None:
+        return known
+    answer = _ask_worker(request, what=what, timeout=timeout)
+    if answers is not None:
+        answers.add(request, answer)
+    return answer
 
 
 def _ask_worker(request: Mapping[str, Any], *, what: str, timeout: float) -> dict[str, Any]:
@@ -172,12 +208,14 @@ def measure_latency(
     processes: int = MIN_PROCESSES,
     seconds: float = 30.0,
     narrow_enough: float = NARROW_ENOUGH,
+    answers: Answers | None = None,
 ) -> LatencyMeasurement:
     """Measure models side by side in at least `processes` fresh processes.
 
     Goes on, process by process, until the 95 % intervals of all latency ratios have a relative half-width below
     `narrow_enough` or `seconds` (start-up included) are spent; `stopped_because` says which. `input_npy` holds
-    preprocessed images [N, ...], run one at a time; None stands for random ones. Raises ProfileError.
+    preprocessed images [N, ...], run one at a time; None stands for random ones. `answers` of an attempt that was
+    cut off are used before any process is started. Raises ProfileError.
     """
     paths = _existing(models)
     share = min(max(seconds / _SHARES, _SHORTEST_SECONDS), _LONGEST_SECONDS)
@@ -192,7 +230,8 @@ def measure_latency(
     with console.progress(f"measuring {what}", processes) as advance:
         while True:
             order = orders[len(reference) % len(orders)]
-            answer = _ask_worker(request | {"order": list(order)}, what=what, timeout=_TIMEOUT_SECONDS + 10 * share)
+            asked = request | {"order": list(order)}
+            answer = _answer(asked, what=what, timeout=_TIMEOUT_SECONDS + 10 * share, answers=answers)
             for name in paths:
                 windows[name].append([np.array(window) for window in answer["windows_ms"][name]])
             reference.append(np.array(answer["reference_ms"]))
@@ -222,6 +261,7 @@ def measure_fresh(
     providers: Sequence[str],
     input_npy: Path | None,
     processes: int = FRESH_PROCESSES,
+    answers: Answers | None = None,
 ) -> FreshMeasurement:
     """Load time, first inference and memory of one model, each from `processes` fresh processes.
 
@@ -230,10 +270,10 @@ def measure_fresh(
     path = _existing({"model": model})["model"]
     request = _request("fresh", threads=threads, providers=providers, input_npy=input_npy) | {"model": path}
     what = f"loading of {Path(model).name}"
-    answers = [_ask_worker(request, what=what, timeout=_TIMEOUT_SECONDS) for _ in range(processes)]
+    replies = [_answer(request, what=what, timeout=_TIMEOUT_SECONDS, answers=answers) for _ in range(processes)]
 
     def spread(key: str) -> tuple[Any, Any, Any]:
-        values = [answer[key] for answer in answers if answer[key] is not None]
+        values = [reply[key] for reply in replies if reply[key] is not None]
         if not values:
             return None, None, None
         return statistics.median(values), min(values), max(values)

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from PIL import Image
 
 from edgecompress.errors import ModelError
+
+if TYPE_CHECKING:  # a bundle ships this module to devices that have numpy and Pillow alone
+    import torch
 
 _RESAMPLING = {
     "nearest": Image.Resampling.NEAREST,
@@ -93,6 +95,8 @@ class Preprocessing:
 
     def normalize(self, batch: torch.Tensor) -> torch.Tensor:
         """uint8 [N, C, H, W] to float32 of the same shape: (x / 255 - mean) / std, on the batch's device."""
+        import torch
+
         mean = torch.tensor(self.mean, dtype=torch.float32, device=batch.device).view(1, -1, 1, 1)
         std = torch.tensor(self.std, dtype=torch.float32, device=batch.device).view(1, -1, 1, 1)
         return (batch.to(torch.float32) / 255.0 - mean) / std

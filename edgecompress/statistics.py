@@ -120,8 +120,8 @@ def hierarchical_bootstrap_ratio(
     _check(second, "ratio of latencies")
     generator = np.random.default_rng(seed)
     medians, variances = [], []
-    for x, y in zip(first, second, strict=True):
-        pairs = np.log(x / y)
+    for index, x in enumerate(first):
+        pairs = np.log(x / second[index])
         draws = generator.integers(len(pairs), size=(resamples, len(pairs)))
         medians.append(np.median(pairs))
         variances.append(np.median(pairs[draws], axis=1).var())

@@ -7,13 +7,15 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from edgecompress import measuring
+from edgecompress.answers import Answers
 from edgecompress.errors import ProfileError
-from edgecompress.measuring import measure_fresh, measure_latency
+from edgecompress.measuring import LatencyMeasurement, measure_fresh, measure_latency
 from onnx_models import SIZE, residual_net
 
 CPU = ("CPUExecutionProvider",)
@@ -145,3 +147,40 @@ def test_worker_needs_neither_torch_nor_pydantic() -> None:
         [sys.executable, "-c", program], capture_output=True, text=True, check=True, env=measuring._environment()
     )
     assert json.loads(done.stdout) == []
+
+
+def test_an_attempt_that_was_cut_off_goes_on_with_its_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second attempt stands in another folder, as on a device, and starts only the processes that are missing."""
+    kept: list[dict[str, Any]] = []
+    asked: list[str] = []
+    ask = measuring._ask_worker
+
+    def cut_off_after_two(request: Any, **how: Any) -> Any:
+        asked.append(request["mode"])
+        if len(asked) == 3:
+            raise ProfileError("the cable was pulled")
+        return ask(request, **how)
+
+    monkeypatch.setattr(measuring, "_ask_worker", cut_off_after_two)
+    how: dict[str, Any] = {"threads": 1, "providers": CPU, "input_npy": None, "seconds": 0.2}
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+    first = {"net": residual_net(tmp_path / "first" / "net.onnx")}
+    with pytest.raises(ProfileError, match="cable"):
+        measure_latency(first, **how, answers=Answers(keep=kept.append))
+    assert len(kept) == 2
+
+    monkeypatch.setattr(measuring, "_ask_worker", lambda request, **how: asked.append("again") or ask(request, **how))
+    second = {"net": residual_net(tmp_path / "second" / "net.onnx")}
+    measured = measure_latency(second, **how, answers=Answers(json.loads(json.dumps(kept))))
+    assert asked.count("again") == measured.processes - 2
+    replayed = measured.latencies_ms("net")[: len(kept[0]["answer"]["windows_ms"]["net"][0])]
+    assert replayed.tolist() == kept[0]["answer"]["windows_ms"]["net"][0]
+    assert LatencyMeasurement.from_dict(json.loads(json.dumps(measured.to_dict()))).ratio("net", "net").ratio == 1.0
+
+
+def test_other_requests_get_no_kept_answer() -> None:
+    answers = Answers([{"request": '{"mode": "fresh", "model": "a.onnx"}', "answer": {"load_ms": 1.0}}])
+    assert answers.take({"mode": "fresh", "model": "/elsewhere/b.onnx"}) is None
+    assert answers.take({"model": "/elsewhere/a.onnx", "mode": "fresh"}) == {"load_ms": 1.0}
+    assert answers.take({"model": "/elsewhere/a.onnx", "mode": "fresh"}) is None  # each answer once
