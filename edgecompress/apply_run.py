@@ -25,6 +25,7 @@ from edgecompress.int8.scheme import Scheme, resolve_scheme
 from edgecompress.machine import describe_machine, own_target, versions
 from edgecompress.models import CreatedModel, create_model
 from edgecompress.placement_run import Placed, held_out, limits_of, place, with_float_layers
+from edgecompress.prune_stages import prune_stage
 from edgecompress.recipe import DistillStage, PruneStage, QatStage, QuantizeStage, Recipe, TrainingSettings, TrainStage
 from edgecompress.run_directory import SCHEMA_VERSION, Json, RunDirectory, write_json
 from edgecompress.run_state import (
@@ -200,7 +201,9 @@ def _train(
     context = training_context(
         recipe, run, data, splits, target, labels, earlier=earlier.__getitem__, progress=_progress(run, stage.id)
     )
-    outcome = run_stage(stage, current, context)
+    outcome = (
+        prune_stage(stage, current, context) if isinstance(stage, PruneStage) else run_stage(stage, current, context)
+    )
     save_checkpoint(outcome.checkpoint, run.stage(stage.id))
     facts = _evaluate(run, stage.id, outcome.checkpoint, data, splits)
     return outcome.checkpoint, facts | {"epochs": outcome.epochs, "summary": outcome.summary}

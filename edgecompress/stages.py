@@ -1,4 +1,4 @@
-"""The stages that train: train, distill, prune, qat. Each is a function from a checkpoint to a new one.
+"""The stages that train a whole model: train, distill, qat. Each is a function from a checkpoint to a new one.
 
 What enters: the checkpoint of the stage before, the stage's settings, prepared data. What leaves: a
 `StageOutcome`; for qat, which trains an int8 model, a `QatOutcome`. A stage never changes what it was given.
@@ -6,29 +6,25 @@ What enters: the checkpoint of the stage before, the stage's settings, prepared 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
 import torch
-from torch import Tensor
 from torch.nn import functional
 
 from edgecompress import console
-from edgecompress.checkpoint import Checkpoint, example_input
-from edgecompress.complexity import Complexity, measure_complexity
+from edgecompress.checkpoint import Checkpoint
 from edgecompress.data import ImageData, PreparedSplit
 from edgecompress.distill import LossFunction, TeacherView, distillation_loss, label_loss
-from edgecompress.errors import PruningError
 from edgecompress.evaluate import accuracy, collect_logits
 from edgecompress.int8.qat import TrainableInt8
 from edgecompress.int8.quantized_model import QuantizedModel
 from edgecompress.models import create_model
 from edgecompress.preprocessing import Preprocessing
-from edgecompress.prune import ChannelPruner, WeightMasks, copy_of, reestimate_batch_norm
+from edgecompress.prune import copy_of
 from edgecompress.recipe import (
     DistillStage,
-    PruneStage,
     QatStage,
     Recipe,
     TeacherSettings,
@@ -41,9 +37,6 @@ from edgecompress.training_state import Progress
 # Quantization-aware training against the float model itself: its probabilities as they are, and no labels, which it
 # has already learned from.
 _SELF_TEMPERATURE, _SELF_ALPHA = 1.0, 1.0
-
-# Batches of training images that score channels (taylor) and re-estimate batch norm. Enough for a mean to settle.
-_STATISTICS_BATCHES = 16
 
 
 class PreparedSplits:
@@ -96,24 +89,18 @@ class QatOutcome:
     facts: dict[str, float | bool | int]
 
 
-def run_stage(
-    stage: TrainStage | DistillStage | PruneStage, current: Checkpoint, context: StageContext
-) -> StageOutcome:
-    """Run one stage that trains."""
+def run_stage(stage: TrainStage | DistillStage, current: Checkpoint, context: StageContext) -> StageOutcome:
+    """Run one stage that trains a whole model."""
     if isinstance(stage, TrainStage):
         return train_stage(stage, current, context)
-    if isinstance(stage, DistillStage):
-        return distill_stage(stage, current, context)
-    if stage.method == "structured":
-        return prune_channels_stage(stage, current, context)
-    return prune_weights_stage(stage, current, context)
+    return distill_stage(stage, current, context)
 
 
 def train_stage(stage: TrainStage, current: Checkpoint, context: StageContext) -> StageOutcome:
     """Train on the labels."""
     module = copy_of(current.module)
     checkpoint = Checkpoint(module, current.architecture, current.history)
-    result = _fit(stage, checkpoint, context, loss=label_loss(stage.label_smoothing))
+    result = fit_stage(stage, checkpoint, context, loss=label_loss(stage.label_smoothing))
     return StageOutcome(checkpoint, stage.epochs, f"trained on labels for {stage.epochs} epochs{_precision(result)}")
 
 
@@ -127,71 +114,14 @@ def distill_stage(stage: DistillStage, current: Checkpoint, context: StageContex
         checkpoint = Checkpoint(created.module, created.architecture)
     else:
         checkpoint = Checkpoint(copy_of(current.module), current.architecture, current.history)
-    loss = _teacher_loss(stage.teacher, stage.label_smoothing, checkpoint, context)
-    result = _fit(stage, checkpoint, context, loss=loss)
+    loss = teacher_loss(stage.teacher, stage.label_smoothing, checkpoint, context)
+    result = fit_stage(stage, checkpoint, context, loss=loss)
     name = checkpoint.architecture.name
     return StageOutcome(
         checkpoint,
         stage.epochs,
-        f"distilled {name} for {stage.epochs} epochs from {_teacher_name(stage.teacher)}{_precision(result)}",
+        f"distilled {name} for {stage.epochs} epochs from {teacher_name(stage.teacher)}{_precision(result)}",
     )
-
-
-def prune_channels_stage(stage: PruneStage, current: Checkpoint, context: StageContext) -> StageOutcome:
-    """Cut channels in steps, re-estimating batch norm and finetuning after each."""
-    module = copy_of(current.module)
-    architecture = current.architecture
-    example = example_input(architecture)
-    before = measure_complexity(module, example)
-    multiple = stage.channel_multiple or context.channel_multiple
-    train = context.splits.get("train", architecture.preprocessing)
-    pruner = ChannelPruner(
-        module,
-        stage=stage,
-        channel_multiple=multiple,
-        example=example,
-        scoring_batches=list(_statistics_batches(train, stage, architecture.preprocessing, context.recipe.seed)),
-    )
-    pristine = Checkpoint(module, architecture, current.history)
-    loss = _finetuning_loss(stage, pristine, context)
-    spent = 0
-    for step in range(1, stage.steps + 1):
-        pruner.step()
-        batches = _statistics_batches(train, stage, architecture.preprocessing, context.recipe.seed)
-        reestimate_batch_norm(module, (images for images, _ in batches))
-        epochs = stage.epochs if step == stage.steps else stage.epochs_between
-        if epochs:
-            _fit(stage, pristine, context, loss=loss, epochs=epochs, seed_offset=step, step=f"{step}/{stage.steps}")
-        spent += epochs
-    after = measure_complexity(module, example)
-    _require_removal(stage, before, after, multiple)
-    history = current.history + pruner.history
-    summary = (
-        f"removed {1 - after.macs / before.macs:.1%} of the MACs and {1 - after.params / before.params:.1%} of the "
-        f"parameters in {stage.steps} step(s), channels rounded to {multiple}; finetuned {spent} epochs"
-        f"{' with ' + _teacher_name(stage.teacher) if stage.teacher else ''}"
-    )
-    return StageOutcome(Checkpoint(module, architecture, history), spent, summary)
-
-
-def prune_weights_stage(stage: PruneStage, current: Checkpoint, context: StageContext) -> StageOutcome:
-    """Zero the smallest weights in steps, finetuning with the zeros held after each."""
-    checkpoint = Checkpoint(copy_of(current.module), current.architecture, current.history)
-    masks = WeightMasks(checkpoint.module, stage=stage)
-    loss = _finetuning_loss(stage, checkpoint, context)
-    spent = 0
-    for step in range(1, stage.steps + 1):
-        masks.step(step)
-        epochs = stage.epochs if step == stage.steps else stage.epochs_between
-        if epochs:
-            label = f"{step}/{stage.steps}"
-            _fit(stage, checkpoint, context, loss=loss, epochs=epochs, seed_offset=step, step=label, after=masks.apply)
-        spent += epochs
-    summary = (
-        f"zeroed {masks.sparsity:.1%} of the weights ({stage.scope} L1 magnitude, {stage.steps} step(s)), "
-        f"finetuned {spent} epochs; ONNX Runtime's CPU kernels gain no speed from it, compressed files shrink"
-    )
-    return StageOutcome(checkpoint, spent, summary)
 
 
 def qat_stage(stage: QatStage, model: QuantizedModel, source: Checkpoint, context: StageContext) -> QatOutcome:
@@ -203,8 +133,8 @@ def qat_stage(stage: QatStage, model: QuantizedModel, source: Checkpoint, contex
     preprocessing = source.architecture.preprocessing
     trainable = TrainableInt8(model)
     if stage.teacher is not None:
-        loss = _teacher_loss(stage.teacher, stage.label_smoothing, source, context)
-        teacher = _teacher_name(stage.teacher)
+        loss = teacher_loss(stage.teacher, stage.label_smoothing, source, context)
+        teacher = teacher_name(stage.teacher)
     else:
         loss = distillation_loss(copy_of(source.module), temperature=_SELF_TEMPERATURE, alpha=_SELF_ALPHA)
         teacher = "the float model as teacher"
@@ -247,7 +177,7 @@ def qat_stage(stage: QatStage, model: QuantizedModel, source: Checkpoint, contex
     return QatOutcome(trained if is_better else model, is_better, summary, facts)
 
 
-def _fit(
+def fit_stage(
     stage: TrainingSettings,
     checkpoint: Checkpoint,
     context: StageContext,
@@ -258,6 +188,7 @@ def _fit(
     step: str = "",
     after: Callable[[], None] = lambda: None,
 ) -> FitResult:
+    """Train a stage's module in place, with what the recipe and the run say; `after` follows every optimizer step."""
     preprocessing = checkpoint.architecture.preprocessing
     identifier = str(getattr(stage, "id", "train"))
     description = f"{identifier} {step}".strip()
@@ -278,15 +209,10 @@ def _fit(
     )
 
 
-def _finetuning_loss(stage: PruneStage, student: Checkpoint, context: StageContext) -> LossFunction:
-    if stage.teacher is None:
-        return label_loss(stage.label_smoothing)
-    return _teacher_loss(stage.teacher, stage.label_smoothing, student, context)
-
-
-def _teacher_loss(
+def teacher_loss(
     settings: TeacherSettings, label_smoothing: float, student: Checkpoint, context: StageContext
 ) -> LossFunction:
+    """The loss of a student with this teacher; it sees the images as its own preprocessing asks for."""
     if settings.stage is not None:
         teacher = context.earlier(settings.stage)
     else:
@@ -305,29 +231,11 @@ def _teacher_loss(
     )
 
 
-def _teacher_name(settings: TeacherSettings) -> str:
+def teacher_name(settings: TeacherSettings) -> str:
+    """The teacher in words, for a stage's summary."""
     name = f"stage {settings.stage}" if settings.stage else settings.model.name if settings.model else ""
     return f"teacher {name} (temperature {settings.temperature:g}, alpha {settings.alpha:g})"
 
 
 def _precision(result: FitResult) -> str:
     return "" if result.mixed_precision == "no" else f" in {result.mixed_precision}"
-
-
-def _statistics_batches(
-    train: PreparedSplit, stage: PruneStage, preprocessing: Preprocessing, seed: int
-) -> Iterator[tuple[Tensor, Tensor]]:
-    generator = torch.Generator().manual_seed(seed)
-    indices = torch.randperm(len(train), generator=generator)[: stage.batch_size * _STATISTICS_BATCHES]
-    for images, labels in train.batches(stage.batch_size, indices=indices):
-        yield preprocessing.normalize(images), labels
-
-
-def _require_removal(stage: PruneStage, before: Complexity, after: Complexity, multiple: int) -> None:
-    if after.params < before.params:
-        return
-    raise PruningError(
-        f"stage {stage.id}: nothing was pruned: no layer lost a channel at channel_ratio {stage.channel_ratio}. "
-        f"Channels are rounded to multiples of {multiple} (channel_multiple); raise channel_ratio, lower "
-        "channel_multiple, or check exclude"
-    )
