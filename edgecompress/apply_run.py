@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from edgecompress import console
+from edgecompress import console, workers
 from edgecompress.checkpoint import Checkpoint, describe, example_input, load_checkpoint, save_checkpoint
 from edgecompress.data import ImageData, calibration_indices, open_data
 from edgecompress.errors import RunError
@@ -99,6 +99,8 @@ def apply_recipe(recipe: Recipe, run: RunDirectory, target: Target | None) -> Js
     console.note(f"run directory: {run.path}")
     earlier: dict[str, Checkpoint] = {}
     for stage in (*recipe.stages, *(() if _has_quantize(recipe) else (recipe.quantize_stage,))):
+        if isinstance(stage, QuantizeStage) and workers.rank() != 0:
+            break  # calibrated and placed by measuring: the first process alone does that
         entry = _entry(run.read_manifest(), stage.id)
         if entry["status"] == "complete":
             console.note(f"stage {stage.id}: complete, kept")
@@ -122,9 +124,12 @@ def apply_recipe(recipe: Recipe, run: RunDirectory, target: Target | None) -> Js
         write_json(run.stage(stage.id) / "result.json", {"id": stage.id, "kind": stage.kind, **facts})
         _update_entry(run, stage.id, facts)
         _progress(run, stage.id).clear()
-        console.note(
-            f"stage {stage.id}: accuracy {facts['accuracy']:.2%} ({facts['accuracy_split']}); {facts['summary']}"
-        )
+        if workers.rank() == 0:
+            console.note(
+                f"stage {stage.id}: accuracy {facts['accuracy']:.2%} ({facts['accuracy_split']}); {facts['summary']}"
+            )
+    if workers.rank() != 0:
+        return run.read_manifest()
     return run.update_manifest(lambda m: _finish(m, recipe, run))
 
 
@@ -144,7 +149,7 @@ def _initial_model(
         console.warn(text + " Give model.checkpoint or model.pretrained: true, or a train stage.")
         notes.insert(0, text)
     baseline: Json | None = run.read_manifest().get("baseline")
-    if not isinstance(recipe.stages[0], TrainStage) and baseline is None:
+    if not isinstance(recipe.stages[0], TrainStage) and baseline is None and workers.rank() == 0:
         baseline = _evaluate_initial(run, checkpoint, data, splits)
 
     def change(manifest: Json) -> None:
@@ -205,6 +210,8 @@ def _train(
         prune_stage(stage, current, context) if isinstance(stage, PruneStage) else run_stage(stage, current, context)
     )
     save_checkpoint(outcome.checkpoint, run.stage(stage.id))
+    if workers.rank() != 0:
+        return outcome.checkpoint, {}
     facts = _evaluate(run, stage.id, outcome.checkpoint, data, splits)
     return outcome.checkpoint, facts | {"epochs": outcome.epochs, "summary": outcome.summary}
 

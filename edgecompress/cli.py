@@ -360,6 +360,8 @@ def _finish(
         # Libraries below print to stdout now and then; it belongs to the result alone.
         with contextlib.redirect_stdout(sys.stderr):
             outcome = work()
+        if not outcome.is_first_process:
+            raise typer.Exit(EXIT_OK)
         if as_json:
             _print_json(document(outcome))
         else:

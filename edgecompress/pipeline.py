@@ -10,13 +10,14 @@ import contextlib
 import math
 import reprlib
 import shutil
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
-from edgecompress import console
+from edgecompress import console, workers
 from edgecompress.apply_run import apply_recipe, start_manifest
 from edgecompress.debug_run import debug_run
 from edgecompress.errors import ConfigurationError, InputError, RunError
@@ -44,6 +45,11 @@ class Outcome:
     profiles: dict[str, Json] = field(default_factory=dict)
     reports: dict[str, ReportPaths] = field(default_factory=dict)
 
+    @property
+    def is_first_process(self) -> bool:
+        """Whether this process made the run. One that was launched beside it only trained along, and has none."""
+        return workers.rank() == 0
+
 
 def apply(
     recipe_source: str,
@@ -58,7 +64,10 @@ def apply(
     recipe = load_recipe(recipe_source, overrides)
     resolved = load_target(target) if target is not None else None
     names = [resolved.name] if resolved else []
+    if workers.rank() != 0:
+        return _train_along(recipe, resolved, output, resume)
     started = _start(recipe, recipe_source, overrides, names, output, resume, command)
+    workers.wait_for_everyone()
     run = started.directory
     if run.read_manifest()["status"] == "complete":
         return _already_complete(run)
@@ -128,7 +137,10 @@ def run(
     recipe = load_recipe(recipe_source, overrides)
     resolved = _load_targets(targets)
     names = [target.name for target in resolved]
+    if workers.rank() != 0:
+        return _train_along(recipe, resolved[0], output, resume)
     started = _start(recipe, recipe_source, overrides, names, output, resume, command)
+    workers.wait_for_everyone()
     directory = started.directory
     profiled = all(directory.profile_path(name).is_file() for name in names)  # `apply` alone leaves a complete run too
     if directory.read_manifest()["status"] == "complete" and profiled:
@@ -228,6 +240,20 @@ def _start(
     except OSError as error:
         raise RunError(f"{directory.path}: cannot be written: {error.strerror}; choose another --output") from error
     return _Started(directory, made_run=True, made_folder=not has_folder)
+
+
+def _train_along(recipe: Recipe, target: Target | None, output: Path | None, resume: bool) -> Outcome:
+    """What every launched process but the first does: train along, in a folder of its own that goes afterwards."""
+    console.set_quiet(True)
+    with tempfile.TemporaryDirectory() as scratch:
+        run = RunDirectory(Path(scratch) / "run")
+        there = RunDirectory(output) if resume and output is not None else None
+        if there is not None and there.manifest_path.is_file():
+            shutil.copytree(there.path, run.path, ignore=shutil.ignore_patterns("export", "profile", "report"))
+        else:
+            run.write_manifest(start_manifest(recipe, source="", overrides=[], targets=[], command=""))
+        workers.wait_for_everyone()
+        return Outcome(run, apply_recipe(recipe, run, target))
 
 
 def _differences(old: object, new: object, place: str = "") -> list[str]:

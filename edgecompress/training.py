@@ -16,11 +16,9 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
@@ -31,15 +29,13 @@ from edgecompress.distill import LossFunction, TrainingBatch
 from edgecompress.errors import TrainingError
 from edgecompress.evaluate import accuracy, collect_logits
 from edgecompress.interrupts import deferred_interrupt
-from edgecompress.machine import isa_features
 from edgecompress.optimization import cosine_with_warmup, make_average, make_optimizer
+from edgecompress.precision import MixedPrecision, fastest_layout, make_accelerator, resolve_precision
 from edgecompress.preprocessing import Preprocessing
 from edgecompress.recipe import TrainingSettings
 from edgecompress.training_state import PhaseState, State
 from edgecompress.workers import Workers
 
-MixedPrecision = Literal["no", "bf16", "fp16"]
-_BF16_FEATURES = {"avx512_bf16", "amx_bf16", "bf16"}
 _SECONDS_BETWEEN_SAVES = 30.0
 
 
@@ -66,24 +62,6 @@ class FitResult:
     @property
     def val_accuracy(self) -> float:
         return self.epochs[self.kept_epoch - 1].val_accuracy
-
-
-def resolve_precision(precision: str) -> MixedPrecision:
-    """`auto` is bf16 where the hardware computes in it, fp16 on older GPUs, and plain fp32 elsewhere."""
-    if precision != "auto":
-        names: dict[str, MixedPrecision] = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
-        return names[precision]
-    if torch.cuda.is_available():
-        return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
-    return "bf16" if _BF16_FEATURES & set(isa_features() or ()) else "no"
-
-
-def make_accelerator(precision: str) -> Accelerator:
-    """An Accelerator for this precision. Its state is shared by the process, so a change of precision resets it."""
-    mixed = resolve_precision(precision)
-    if AcceleratorState._shared_state and AcceleratorState().mixed_precision != mixed:
-        AcceleratorState._reset_state()
-    return Accelerator(mixed_precision=mixed)
 
 
 def fit(
@@ -164,11 +142,11 @@ class _Fit:
         self.module, self.settings, self.epochs = module, settings, epochs
         self.train, self.val, self.preprocessing = train, val, preprocessing
         self.seed, self.description, self.state = seed, description, state
-        self.precision = resolve_precision(precision)
-        self.accelerator = make_accelerator(precision)
+        self.precision = resolve_precision(precision, layout_of)
+        self.accelerator = make_accelerator(self.precision)
         self.workers = Workers(self.accelerator, shared=shared)
         self.steps_per_epoch = max(1, math.ceil(len(train) / settings.batch_size))
-        self.memory_format = _memory_format(layout_of, self.precision)
+        self.memory_format = fastest_layout(layout_of, self.precision)
         module.to(self.accelerator.device).to(memory_format=self.memory_format)
         self.step_module = _Step(module, loss).to(self.accelerator.device)
         optimizer = make_optimizer(self.step_module.parameters(), settings)
@@ -369,18 +347,3 @@ class _Fit:
         self.finished = document["finished"]
         done = "complete" if self.finished else f"going on in epoch {self.epoch} of {self.epochs}, step {self.step + 1}"
         console.note(f"{self.description}: {done} (as saved)")
-
-
-def _memory_format(module: nn.Module, mixed_precision: str) -> torch.memory_format:
-    """channels_last where it makes training faster: under mixed precision (twofold), and for depthwise convolutions.
-
-    In fp32 a network without depthwise convolutions gains nothing from it on CPUs, and torch 2.14's backward pass of a
-    strided 1x1 convolution with 2 to 7 input channels corrupts memory in it (seen with AVX2); MobileNetV3-small trains
-    2.8 times as fast.
-    """
-    if mixed_precision != "no":
-        return torch.channels_last
-    convolutions = [layer for layer in module.modules() if isinstance(layer, nn.Conv2d)]
-    is_unsafe = any(c.kernel_size == (1, 1) and c.stride != (1, 1) and c.in_channels < 8 for c in convolutions)
-    has_depthwise = any(c.groups == c.in_channels > 1 for c in convolutions)
-    return torch.channels_last if has_depthwise and not is_unsafe else torch.contiguous_format

@@ -8,9 +8,10 @@ the run, the others work in a folder of their own that goes when they end.
 from __future__ import annotations
 
 import os
+from datetime import timedelta
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from torch import Tensor
 
 
@@ -22,6 +23,19 @@ def rank() -> int:
 def world_size() -> int:
     """How many processes were launched together."""
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def connect() -> None:
+    """Join the other processes, once. Without a GPU they talk by gloo; one may be long alone with evaluating."""
+    if world_size() > 1 and not PartialState._shared_state:
+        PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(days=1))
+
+
+def wait_for_everyone() -> None:
+    """Go on when every process has come here."""
+    if world_size() > 1:
+        connect()
+        PartialState().wait_for_everyone()
 
 
 class Workers:

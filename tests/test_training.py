@@ -10,8 +10,9 @@ from edgecompress.data import PreparedSplit
 from edgecompress.distill import LossFunction, TrainingBatch, label_loss
 from edgecompress.errors import TrainingError
 from edgecompress.models import build
+from edgecompress.precision import resolve_precision
 from edgecompress.recipe import TrainingSettings
-from edgecompress.training import EpochRecord, FitResult, fit, resolve_precision
+from edgecompress.training import EpochRecord, FitResult, fit
 from small_models import digits_data, small_architecture
 
 pytestmark = pytest.mark.slow
@@ -24,7 +25,11 @@ def splits() -> dict[str, PreparedSplit]:
 
 
 def _fit(
-    splits: dict[str, PreparedSplit], seed: int = 0, loss: LossFunction | None = None, **settings: Any
+    splits: dict[str, PreparedSplit],
+    seed: int = 0,
+    loss: LossFunction | None = None,
+    precision: str = "fp32",
+    **settings: Any,
 ) -> tuple[nn.Module, FitResult, list[EpochRecord]]:
     torch.manual_seed(seed)
     module = build(small_architecture())
@@ -38,7 +43,7 @@ def _fit(
         train=splits["train"],
         val=splits["val"],
         preprocessing=small_architecture().preprocessing,
-        precision="fp32",
+        precision=precision,
         seed=seed,
         description="test",
         on_epoch=records.append,
@@ -81,6 +86,23 @@ def test_a_loss_that_is_not_finite_stops_with_advice(splits: dict[str, PreparedS
 
 
 def test_precision_names() -> None:
-    assert resolve_precision("fp32") == "no"
-    assert resolve_precision("bf16") == "bf16"
-    assert resolve_precision("auto") in ("no", "bf16", "fp16")
+    module = build(small_architecture())
+    assert resolve_precision("fp32", module) == "no"
+    assert resolve_precision("bf16", module) == "bf16"
+    assert resolve_precision("auto", module) in ("no", "bf16", "fp16")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the rule is for CPUs")
+@pytest.mark.parametrize(("name", "expected"), [("resnet8", "bf16"), ("mobilenet_small", "no")])
+def test_auto_keeps_depthwise_nets_in_fp32(monkeypatch: pytest.MonkeyPatch, name: str, expected: str) -> None:
+    monkeypatch.setattr("edgecompress.precision.isa_features", lambda: ("avx512_bf16",))
+    assert resolve_precision("auto", build(small_architecture(name))) == expected
+
+
+def test_mixed_precision_leaves_the_module_as_it_was(splits: dict[str, PreparedSplit]) -> None:
+    module, result, _ = _fit(splits, precision="bf16", epochs=1, warmup_epochs=0)
+    assert result.mixed_precision == "bf16"
+    with torch.inference_mode():
+        assert module(torch.zeros(1, 1, 8, 8)).dtype == torch.float32
+    assert "forward" not in vars(module)
+    assert all(p.dtype == torch.float32 for p in module.parameters())
