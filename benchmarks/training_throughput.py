@@ -2,9 +2,9 @@
 
     python benchmarks/training_throughput.py --set data.name=fashion_mnist --samples 20000 --epochs 3
 
-The plain loop is what one writes first: fp32, the default memory layout, images as float tensors, shuffled, SGD with the
-same schedule. Both train the same initial weights on the same images, one epoch in turn, so that drift of the machine hits
-both; printed are the images per second of each epoch, the median of their ratio, and the val accuracy of both at the end.
+The plain loop is what one writes first: fp32, the default memory layout, images as float tensors, shuffled, SGD with
+the same schedule. Both train the same initial weights on the same images, one epoch in turn, so that drift of the
+machine hits both. Printed: the images per second of each epoch, the median of their ratio, the val accuracy of both.
 """
 
 from __future__ import annotations
