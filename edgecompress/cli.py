@@ -315,6 +315,40 @@ _add_settings_commands(recipes_app, "recipes")
 _add_settings_commands(targets_app, "targets")
 
 
+@targets_app.command("schema")
+def schema_command(as_json: JsonOption = False, no_gate: NoGateOption = False) -> None:
+    """Print the JSON schema of target files, for editors and checks (it is JSON with or without --json)."""
+    with _reporting_errors(as_json):
+        from edgecompress.target import Target
+
+        schema = Target.model_json_schema()
+        schema["required"] = [key for key in schema["required"] if key != "name"]  # the file's name stands in for it
+        _print_json({"$schema": "https://json-schema.org/draft/2020-12/schema", **schema})
+
+
+@targets_app.command("detect")
+def detect_command(
+    name: Annotated[str | None, typer.Option("--name", help="The target's name; left out, that of --output.")] = None,
+    output: Annotated[Path | None, typer.Option("--output", help="The file to write; left out, stdout.")] = None,
+    as_json: JsonOption = False,
+    no_gate: NoGateOption = False,
+) -> None:
+    """Write a target file for this machine, with comments."""
+    with _reporting_errors(as_json):
+        from edgecompress.configuration import parse_yaml
+        from edgecompress.target_detection import DEFAULT_NAME, detected_target, write_target
+
+        text = detected_target(name=name or (output.stem if output is not None else DEFAULT_NAME))
+        if output is not None:
+            write_target(output, text)
+        if as_json:
+            _print_json({"target": parse_yaml(text, source="detected target"), "file": output and str(output)})
+        elif output is None:
+            typer.echo(text, nl=False)
+        else:
+            typer.echo(f"target: {output}")
+
+
 def _check_recipe_and_targets(recipe: str, overrides: Sequence[str], targets: Sequence[str]) -> None:
     """Name the faults of all files at once, and before torch, which takes seconds to load."""
     from edgecompress.recipe import load_recipe

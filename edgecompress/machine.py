@@ -144,11 +144,14 @@ def _memory_bytes(root: Path) -> int | None:
     return min(limits, default=None)
 
 
+def usable_cpus() -> set[int] | None:
+    """CPUs that this process may run on, as the kernel numbers them; None where the system does not say."""
+    return set(os.sched_getaffinity(0)) if sys.platform == "linux" else None
+
+
 def _usable_cores(quota: float | None) -> int | None:
-    if sys.platform == "linux":
-        cores: int | None = len(os.sched_getaffinity(0))
-    else:
-        cores = os.cpu_count()
+    usable = usable_cpus()
+    cores = os.cpu_count() if usable is None else len(usable)
     return cores if cores is None or quota is None else min(cores, max(1, math.ceil(quota)))
 
 

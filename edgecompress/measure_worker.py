@@ -5,7 +5,9 @@ imports only numpy and ONNX Runtime, so that it weighs what a user's own process
 it judges nothing: every latency is handed back as measured.
 
 Requests: {"mode": "latency", "models": {name: path}, "order": [names], "threads", "providers", "input_npy",
-"seconds", "window_ms"} or {"mode": "fresh", "model": path, "threads", "providers", "input_npy"}.
+"seconds", "window_ms"} or {"mode": "fresh", "model": path, "threads", "providers", "input_npy"}; beside them how a
+session is made: "provider_options" [{}], "cpu_affinity" [CPU], "optimization", "execution", "inter_op_threads",
+"arena", "memory_pattern", "session" {key: value}.
 """
 
 from __future__ import annotations
@@ -31,19 +33,49 @@ WARM_UP_SHARE = 0.3  # of the time allowed; the rest measures
 REFERENCE_STEPS = 20_000  # about 1 ms of pure Python: no memory, no threads, the same work each time
 RANDOM_IMAGES = 4
 MAX_IMAGES = 64
+OPTIMIZATION_LEVELS = {
+    "disabled": ort.GraphOptimizationLevel.ORT_DISABLE_ALL,
+    "basic": ort.GraphOptimizationLevel.ORT_ENABLE_BASIC,
+    "extended": ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED,
+    "all": ort.GraphOptimizationLevel.ORT_ENABLE_ALL,
+}
+EXECUTION_MODES = {
+    "sequential": ort.ExecutionMode.ORT_SEQUENTIAL,
+    "parallel": ort.ExecutionMode.ORT_PARALLEL,
+}
 _DTYPES: dict[str, npt.DTypeLike] = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
 
-def _session(path: str, request: dict[str, Any]) -> ort.InferenceSession:
+def session_options(settings: dict[str, Any]) -> ort.SessionOptions:
+    """The options that every measurement runs with, and what `settings` changes of them."""
     options = ort.SessionOptions()
-    options.intra_op_num_threads = int(request["threads"])
-    options.inter_op_num_threads = 1
-    options.execution_mode = ort.ExecutionMode.ORT_SEQUENTIAL
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
+    options.intra_op_num_threads = int(settings["threads"])
+    options.inter_op_num_threads = int(settings.get("inter_op_threads", 1))
+    options.execution_mode = EXECUTION_MODES[settings.get("execution", "sequential")]
+    options.graph_optimization_level = OPTIMIZATION_LEVELS[settings.get("optimization", "all")]
+    options.enable_cpu_mem_arena = bool(settings.get("arena", True))
+    options.enable_mem_pattern = bool(settings.get("memory_pattern", True))
     options.log_severity_level = 3
     # Idle threads of one model must not spin through the other model's window.
-    options.add_session_config_entry("session.force_spinning_stop", "1")
-    return ort.InferenceSession(path, options, providers=list(request["providers"]))
+    entries = {"session.force_spinning_stop": "1", **settings.get("session", {})}
+    for key, value in entries.items():
+        options.add_session_config_entry(key, value)
+    return options
+
+
+def _session(path: str, settings: dict[str, Any]) -> ort.InferenceSession:
+    """A session. Its threads inherit the CPUs of this one, so those are set first."""
+    cpus = settings.get("cpu_affinity")
+    if cpus:
+        if sys.platform != "linux":
+            raise SystemExit(f"a process cannot be bound to CPUs on {sys.platform}; leave cpu_affinity out")
+        try:
+            os.sched_setaffinity(0, cpus)
+        except OSError as error:
+            raise SystemExit(f"this process cannot be bound to CPUs {cpus}: {error.strerror}") from error
+    wanted = list(settings["providers"])
+    provider_options = settings.get("provider_options") or [{} for _ in wanted]
+    return ort.InferenceSession(path, session_options(settings), providers=wanted, provider_options=provider_options)
 
 
 def _inputs(session: ort.InferenceSession, input_npy: str | None) -> list[dict[str, npt.NDArray[Any]]]:

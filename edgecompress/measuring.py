@@ -131,6 +131,8 @@ class FreshMeasurement:
     peak_rss_bytes_range: tuple[int, int] | None
     rss_before_load_bytes: int | None
     processes: int
+    cold_start_ms: float
+    cold_start_ms_range: tuple[float, float]
 
 
 def _environment() -> dict[str, str]:
@@ -179,9 +181,17 @@ def _ask_worker(request: Mapping[str, Any], *, what: str, timeout: float) -> dic
     return answer
 
 
-def _request(mode: str, *, threads: int, providers: Sequence[str], input_npy: Path | None) -> dict[str, Any]:
+def _request(
+    mode: str,
+    *,
+    threads: int,
+    providers: Sequence[str],
+    input_npy: Path | None,
+    session: Mapping[str, Any] | None,
+) -> dict[str, Any]:
     images = None if input_npy is None else str(Path(input_npy).resolve())
-    return {"mode": mode, "threads": threads, "providers": list(providers), "input_npy": images}
+    common = {"mode": mode, "threads": threads, "providers": list(providers), "input_npy": images}
+    return {**common, **(session or {})}
 
 
 def _existing(models: Mapping[str, Path]) -> dict[str, str]:
@@ -209,17 +219,19 @@ def measure_latency(
     seconds: float = 30.0,
     narrow_enough: float = NARROW_ENOUGH,
     answers: Answers | None = None,
+    session: Mapping[str, Any] | None = None,
 ) -> LatencyMeasurement:
     """Measure models side by side in at least `processes` fresh processes.
 
     Goes on, process by process, until the 95 % intervals of all latency ratios have a relative half-width below
     `narrow_enough` or `seconds` (start-up included) are spent; `stopped_because` says which. `input_npy` holds
     preprocessed images [N, ...], run one at a time; None stands for random ones. `answers` of an attempt that was
-    cut off are used before any process is started. Raises ProfileError.
+    cut off are used before any process is started. `session` holds a target's session settings, for all models
+    alike. Raises ProfileError.
     """
     paths = _existing(models)
     share = min(max(seconds / _SHARES, _SHORTEST_SECONDS), _LONGEST_SECONDS)
-    request = _request("latency", threads=threads, providers=providers, input_npy=input_npy)
+    request = _request("latency", threads=threads, providers=providers, input_npy=input_npy, session=session)
     request |= {"models": paths, "seconds": share, "window_ms": min(WINDOW_MS, share * 1e3 / 10)}
     windows: dict[str, list[list[Floats]]] = {name: [] for name in paths}
     reference: list[Floats] = []
@@ -262,15 +274,19 @@ def measure_fresh(
     input_npy: Path | None,
     processes: int = FRESH_PROCESSES,
     answers: Answers | None = None,
+    session: Mapping[str, Any] | None = None,
 ) -> FreshMeasurement:
     """Load time, first inference and memory of one model, each from `processes` fresh processes.
 
     The file is in the page cache after the first of them. Raises ProfileError.
     """
     path = _existing({"model": model})["model"]
-    request = _request("fresh", threads=threads, providers=providers, input_npy=input_npy) | {"model": path}
+    request = _request("fresh", threads=threads, providers=providers, input_npy=input_npy, session=session)
+    request |= {"model": path}
     what = f"loading of {Path(model).name}"
     replies = [_answer(request, what=what, timeout=_TIMEOUT_SECONDS, answers=answers) for _ in range(processes)]
+
+    replies = [{**reply, "cold_start_ms": reply["load_ms"] + reply["first_inference_ms"]} for reply in replies]
 
     def spread(key: str) -> tuple[Any, Any, Any]:
         values = [reply[key] for reply in replies if reply[key] is not None]
@@ -279,6 +295,7 @@ def measure_fresh(
         return statistics.median(values), min(values), max(values)
 
     load, first, peak = spread("load_ms"), spread("first_inference_ms"), spread("peak_rss_bytes")
+    cold = spread("cold_start_ms")
     before = spread("rss_before_load_bytes")[0]
     return FreshMeasurement(
         load_ms=load[0],
@@ -289,4 +306,6 @@ def measure_fresh(
         peak_rss_bytes_range=None if peak[0] is None else peak[1:],
         rss_before_load_bytes=None if before is None else int(before),
         processes=processes,
+        cold_start_ms=cold[0],
+        cold_start_ms_range=cold[1:],
     )

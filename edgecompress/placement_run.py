@@ -257,6 +257,7 @@ class _Search:
         if not self.why_not_timed:
             files = {"fp32": self._fp32(), "int8": path}
             how: Json = {"threads": self.target.threads, "providers": self.target.providers, "input_npy": None}
+            how["session"] = self.target.session_settings()
             measured = measure_latency(files, seconds=_QUICK_SECONDS, narrow_enough=_QUICK_NARROW, **how)
             ratio = measured.ratio("fp32", "int8")
             trial |= {"speedup": ratio.ratio, "speedup_ci95": [ratio.low, ratio.high]}

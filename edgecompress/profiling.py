@@ -19,7 +19,7 @@ from edgecompress import console
 from edgecompress.complexity import compressed_size_bytes
 from edgecompress.errors import ProfileError
 from edgecompress.integer_graph import inspect_integer_graph
-from edgecompress.machine import describe_machine, fits, has_vnni, summarize_machine, versions
+from edgecompress.machine import describe_machine, fits, has_vnni, summarize_machine, usable_cpus, versions
 from edgecompress.measuring import (
     NARROW_ENOUGH,
     WINDOW_MS,
@@ -79,6 +79,7 @@ def profile_models(
         return document
 
     how: Json = {"threads": target.threads, "providers": target.providers, "input_npy": input_npy}
+    how["session"] = target.session_settings()
     fresh = {name: measure_fresh(path, **how) for name, path in paths.items()}
     latency = measure_latency(paths, seconds=seconds, **how)
     document["models"] = {name: {**_timing(latency, name), **_loading(fresh[name]), **static[name]} for name in paths}
@@ -114,13 +115,18 @@ def _static(path: Path, target: Target) -> Json:
 def not_at_hand(target: Target) -> list[str]:
     """Reasons why nothing can be timed for this target on this machine; empty when it can."""
     missing = [name for name in target.providers if name not in ort.get_available_providers()]
-    return fits(target) + ([f"this ONNX Runtime has no {', '.join(missing)}"] if missing else [])
+    reasons = fits(target) + ([f"this ONNX Runtime has no {', '.join(missing)}"] if missing else [])
+    usable = usable_cpus()
+    absent = [str(cpu) for cpu in target.cpu_affinity if usable is not None and cpu not in usable]
+    if absent:
+        reasons.append(f"target {target.name} runs on CPU {', '.join(absent)}, which this process may not use")
+    return reasons
 
 
 def _no_timing() -> Json:
     latency: Json = {f"p{percentile}": None for percentile in _PERCENTILES}
     latency |= {"mean": None} | {f"p{percentile}_ci95": None for percentile in _PERCENTILES}
-    loading = ("load_ms", "first_inference_ms", "peak_rss_bytes")
+    loading = ("load_ms", "first_inference_ms", "cold_start_ms", "peak_rss_bytes")
     null: Json = dict.fromkeys(("throughput_per_s", *loading, *(f"{name}_range" for name in loading)))
     return {"latency_ms": latency, **null, "rss_before_load_bytes": None}
 
@@ -147,6 +153,8 @@ def _loading(fresh: FreshMeasurement) -> Json:
         "load_ms_range": list(fresh.load_ms_range),
         "first_inference_ms": fresh.first_inference_ms,
         "first_inference_ms_range": list(fresh.first_inference_ms_range),
+        "cold_start_ms": fresh.cold_start_ms,
+        "cold_start_ms_range": list(fresh.cold_start_ms_range),
         "peak_rss_bytes": fresh.peak_rss_bytes,
         "peak_rss_bytes_range": None if fresh.peak_rss_bytes_range is None else list(fresh.peak_rss_bytes_range),
         "rss_before_load_bytes": fresh.rss_before_load_bytes,
@@ -197,7 +205,8 @@ def _method(measurement: LatencyMeasurement, target: Target, fresh_processes: in
         "batch": 1,
         "threads": target.threads,
         "providers": list(target.providers),
-        "graph_optimization": "all",
+        "graph_optimization": target.session.optimization,
+        "session": target.session_settings(),
         "interleaved": len(measurement.windows_ms) > 1,
         "narrow_enough": NARROW_ENOUGH,
         "seconds": measurement.seconds,

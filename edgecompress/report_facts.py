@@ -210,9 +210,9 @@ def _found(name: str, profile: Json, stages: Sequence[Json]) -> tuple[Any, Any]:
         ends = _ends(stages)
         points = number(ends[1]["accuracy_delta_points"]) if ends else None
         return None if points is None else -points / 100, None
-    if name == "latency_ms_p90":
-        latency = section(model, "latency_ms")
-        return latency.get("p90"), latency.get("p90_ci95")
+    if name.startswith("latency_ms_"):
+        latency, percentile = section(model, "latency_ms"), name.removeprefix("latency_ms_")
+        return latency.get(percentile), latency.get(f"{percentile}_ci95")
     return model.get(name), model.get(f"{name}_range")
 
 

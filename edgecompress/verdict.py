@@ -8,7 +8,7 @@ interval lies beyond it; where the interval straddles the budget, or nothing cou
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -162,35 +162,30 @@ def _judge_size(name: str, model: Json, target: Target, findings: _Findings) -> 
 def _judge_intervals(name: str, model: Json, target: Target, findings: _Findings) -> None:
     budgets = target.budgets
     latency = model["latency_ms"]
-    quantities = [
-        ("Latency (p90)", latency["p90"], latency["p90_ci95"], budgets.latency_ms_p90, _milliseconds, "95 % interval"),
-        (
-            "Peak memory",
-            model["peak_rss_bytes"],
-            model["peak_rss_bytes_range"],
-            budgets.peak_rss_bytes,
-            _megabytes,
-            "range",
-        ),
-        ("Load time", model["load_ms"], model["load_ms_range"], budgets.load_ms, _milliseconds, "range"),
-        (
-            "The first inference",
-            model["first_inference_ms"],
-            model["first_inference_ms_range"],
-            budgets.first_inference_ms,
-            _milliseconds,
-            "range",
-        ),
+    latencies = (("p50", budgets.latency_ms_p50), ("p90", budgets.latency_ms_p90), ("p99", budgets.latency_ms_p99))
+    quantities: list[tuple[str, Any, Any, float | None, Callable[[float], str], str]] = [
+        (f"Latency ({share})", latency.get(share), latency.get(f"{share}_ci95"), budget, _milliseconds, "95 % interval")
+        for share, budget in latencies
     ]
-    for label, value, interval, budget, show, kind in quantities:
+    for label, key, limit, unit in (
+        ("Peak memory", "peak_rss_bytes", budgets.peak_rss_bytes, _megabytes),
+        ("Load time", "load_ms", budgets.load_ms, _milliseconds),
+        ("The first inference", "first_inference_ms", budgets.first_inference_ms, _milliseconds),
+        ("Cold start (load and first inference)", "cold_start_ms", budgets.cold_start_ms, _milliseconds),
+    ):
+        quantities.append((label, model.get(key), model.get(f"{key}_range"), limit, unit, "range"))
+    if target.memory_bytes is not None and (model.get("peak_rss_bytes_range") or [0])[0] > target.memory_bytes:
+        peak, memory = _megabytes(model["peak_rss_bytes"]), _megabytes(target.memory_bytes)
+        findings.missed.append(f"Peak memory of {name} is {peak}; the whole device has {memory}.")
+    for what, value, interval, budget, show, kind in quantities:
         if budget is None:
             continue
         if value is None:
-            findings.doubts.append(f"{label} could not be measured on this system; the target allows {show(budget)}.")
+            findings.doubts.append(f"{what} could not be measured on this system; the target allows {show(budget)}.")
             continue
         low, high = interval
         text = (
-            f"{label} of {name} is {show(value)} ({kind} {show(low)} to {show(high)}); the target allows {show(budget)}"
+            f"{what} of {name} is {show(value)} ({kind} {show(low)} to {show(high)}); the target allows {show(budget)}"
         )
         if low > budget:
             findings.missed.append(f"{text}.")

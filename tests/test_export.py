@@ -17,10 +17,11 @@ import torch
 from torch import Tensor, nn
 
 import edgecompress
+from edgecompress.configuration import validate
 from edgecompress.errors import ExportError
 from edgecompress.export import Provenance, check_file, export_onnx, open_session
 from edgecompress.preprocessing import Preprocessing
-from edgecompress.target import load_target
+from edgecompress.target import Target, load_target
 from int8_models import CLASSES, PREPROCESSING, PROVENANCE, SIZE, Residual, conv, export, images, quantized, run, seeded
 
 
@@ -49,6 +50,22 @@ def file(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     with redirect_stdout(io.StringIO()) as printed:
         export(module, folder / "model.onnx", target=TARGETS[request.param])
     return File(request.param, folder / "model.onnx", module, printed.getvalue())
+
+
+@pytest.mark.parametrize("opset", [21, 23])
+def test_a_newer_opset_computes_the_same(file: File, opset: int, tmp_path: Path) -> None:
+    """Up to the newest that a target may ask for; between float and int8 nothing is lost to the conversion."""
+    target = validate(
+        Target,
+        {"name": "t", "architecture": "x86_64", "opset": opset, "onnxruntime_min": "1.23"},
+        source="t",
+    )
+    with redirect_stdout(io.StringIO()):
+        export(file.module, tmp_path / "newer.onnx", target=target)
+    model = onnx.load(tmp_path / "newer.onnx")
+    assert {entry.domain: entry.version for entry in model.opset_import}[""] == opset
+    assert model.ir_version == target.ir_version == 11
+    np.testing.assert_allclose(run(tmp_path / "newer.onnx", images(8)), run(file.path, images(8)), rtol=1e-5, atol=1e-5)
 
 
 def test_version_numbers_are_the_targets(file: File) -> None:

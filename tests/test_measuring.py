@@ -15,7 +15,9 @@ import pytest
 from edgecompress import measuring
 from edgecompress.answers import Answers
 from edgecompress.errors import ProfileError
+from edgecompress.machine import usable_cpus
 from edgecompress.measuring import LatencyMeasurement, measure_fresh, measure_latency
+from edgecompress.target import Target
 from onnx_models import SIZE, residual_net
 
 CPU = ("CPUExecutionProvider",)
@@ -184,3 +186,85 @@ def test_other_requests_get_no_kept_answer() -> None:
     assert answers.take({"mode": "fresh", "model": "/elsewhere/b.onnx"}) is None
     assert answers.take({"model": "/elsewhere/a.onnx", "mode": "fresh"}) == {"load_ms": 1.0}
     assert answers.take({"model": "/elsewhere/a.onnx", "mode": "fresh"}) is None  # each answer once
+
+
+def test_the_targets_session_settings_reach_the_session() -> None:
+    """In a process of its own: binding to a CPU stays for as long as a process lives."""
+    program = """
+import json, os, sys
+from edgecompress import measure_worker as worker
+settings = json.load(sys.stdin)
+options = worker.session_options(settings)
+made = {}
+class Session:
+    def __init__(self, path, options, *, providers, provider_options):
+        made.update(providers=providers, provider_options=provider_options)
+worker.ort.InferenceSession = Session
+worker._session("net.onnx", settings)
+print(json.dumps({
+    **made,
+    "cpus": sorted(os.sched_getaffinity(0)) if sys.platform == "linux" else settings["cpu_affinity"],
+    "threads": [options.intra_op_num_threads, options.inter_op_num_threads],
+    "parallel": options.execution_mode == worker.ort.ExecutionMode.ORT_PARALLEL,
+    "basic": options.graph_optimization_level == worker.ort.GraphOptimizationLevel.ORT_ENABLE_BASIC,
+    "memory": [options.enable_cpu_mem_arena, options.enable_mem_pattern],
+    "spinning": options.get_session_config_entry("session.intra_op.allow_spinning"),
+    "stop": options.get_session_config_entry("session.force_spinning_stop"),
+}))
+"""
+    cpu = min(usable_cpus() or {0})
+    document = {
+        "name": "t",
+        "architecture": "x86_64",
+        "cpu_affinity": [cpu],
+        "provider_options": {"CPUExecutionProvider": {"use_arena": 0}},
+        "session": {
+            **{"optimization": "basic", "execution": "parallel", "inter_op_threads": 3, "arena": False},
+            **{"memory_pattern": False, "config": {"session.intra_op.allow_spinning": 0}},
+        },
+    }
+    target = Target.model_validate(document)
+    settings = {"threads": target.threads, "providers": list(target.providers), **target.session_settings()}
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        input=json.dumps(settings),
+        capture_output=True,
+        text=True,
+        check=True,
+        env=measuring._environment(),
+    )
+    assert json.loads(done.stdout) == {
+        "providers": ["CPUExecutionProvider"],
+        "provider_options": [{"use_arena": "0"}],
+        "cpus": [cpu],
+        "threads": [1, 3],
+        "parallel": True,
+        "basic": True,
+        "memory": [False, False],
+        "spinning": "0",
+        "stop": "1",
+    }
+
+
+def test_a_cpu_that_is_not_there_is_said(tmp_path: Path) -> None:
+    session = {"cpu_affinity": [100_000]}
+    with pytest.raises(ProfileError, match=r"(?s)code 1.*cannot be bound to CPUs \[100000\]"):
+        measure_fresh(
+            residual_net(tmp_path / "net.onnx"), threads=1, providers=CPU, input_npy=None, processes=1, session=session
+        )
+
+
+def test_cold_start_is_load_and_first_inference_of_the_same_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replies = iter([(10.0, 1.0), (1.0, 20.0), (5.0, 5.0)])
+
+    def answer(request, **_):  # type: ignore[no-untyped-def]
+        load, first = next(replies)
+        memory = {"peak_rss_bytes": 1, "rss_before_load_bytes": 1}
+        return {"load_ms": load, "first_inference_ms": first, **memory}
+
+    monkeypatch.setattr(measuring, "_ask_worker", answer)
+    fresh = measure_fresh(residual_net(tmp_path / "net.onnx"), threads=1, providers=CPU, input_npy=None)
+    assert (fresh.load_ms, fresh.first_inference_ms) == (5.0, 5.0)
+    assert (fresh.cold_start_ms, fresh.cold_start_ms_range) == (11.0, (10.0, 21.0))

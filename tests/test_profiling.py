@@ -86,7 +86,7 @@ def test_the_baseline_is_compared_with_what_ships(
         windows = {name: [[np.full(3, of[name])] * 4] * 5 for name in paths}
         return LatencyMeasurement(windows, [np.ones(4)] * 5, 5, 1.0, "narrow enough")
 
-    fresh = FreshMeasurement(9.0, (8.0, 10.0), 1.0, (1.0, 1.0), None, None, None, 3)
+    fresh = FreshMeasurement(9.0, (8.0, 10.0), 1.0, (1.0, 1.0), None, None, None, 3, 10.0, (9.0, 11.0))
     monkeypatch.setattr(profiling, "measure_latency", latency)
     monkeypatch.setattr(profiling, "measure_fresh", lambda *_, **__: fresh)
     given = {name: path for name, path in models.items() if shipped == "int8" or name == "fp32"}

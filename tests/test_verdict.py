@@ -17,7 +17,10 @@ def profile(
     **changes: Any,
 ) -> dict[str, Any]:
     model = {
-        "latency_ms": {"p90": p90[0], "p90_ci95": [p90[1], p90[2]]},
+        "latency_ms": {
+            **{"p50": 4.0, "p50_ci95": [3.9, 4.1], "p99": 9.0, "p99_ci95": [7.0, 12.0]},
+            **{"p90": p90[0], "p90_ci95": [p90[1], p90[2]]},
+        },
         "size_bytes": 4_000_000,
         "peak_rss_bytes": 90_000_000,
         "peak_rss_bytes_range": [89_000_000, 91_000_000],
@@ -25,6 +28,8 @@ def profile(
         "load_ms_range": [28.0, 33.0],
         "first_inference_ms": 6.0,
         "first_inference_ms_range": [5.5, 6.5],
+        "cold_start_ms": 36.0,
+        "cold_start_ms_range": [34.0, 39.0],
     }
     document = {
         "measured": True,
@@ -191,3 +196,28 @@ def test_without_int8_the_float_model_is_judged() -> None:
     verdict = judge(document, size_bytes=5_000_000)
     assert verdict.verdict == "hold"
     assert "fp32 file has 16.0 MB" in verdict.reasons[0]
+
+
+@pytest.mark.parametrize(
+    ("budget", "limit", "expected"),
+    [
+        *[("latency_ms_p50", 4.2, "ship"), ("latency_ms_p50", 4.05, "inconclusive"), ("latency_ms_p50", 3.8, "hold")],
+        *[("latency_ms_p99", 13.0, "ship"), ("latency_ms_p99", 10.0, "inconclusive"), ("latency_ms_p99", 6.0, "hold")],
+        *[("cold_start_ms", 40.0, "ship"), ("cold_start_ms", 36.5, "inconclusive"), ("cold_start_ms", 30.0, "hold")],
+    ],
+)
+def test_each_budget_is_judged_by_its_whole_interval(budget: str, limit: float, expected: str) -> None:
+    verdict = judge(profile(), **{budget: limit})
+    assert verdict.verdict == expected
+    assert any(f"{limit:g}" in reason for reason in verdict.reasons)
+
+
+def test_a_budget_that_could_not_be_measured_is_open() -> None:
+    assert judge(profile(cold_start_ms=None), cold_start_ms=50).verdict == "inconclusive"
+
+
+def test_a_model_that_outgrows_the_device_is_held() -> None:
+    small = Target.model_validate({"name": "t", "architecture": "x86_64", "memory_bytes": 64_000_000})
+    verdict = decide(profile(), target=small, gates_missed=[], accuracy_drop=None)
+    assert verdict.verdict == "hold"
+    assert "the whole device has 64.0 MB" in verdict.missed[0]
