@@ -39,10 +39,11 @@ from edgecompress.images import SPLIT_NAMES
 from edgecompress.integer_graph import inspect_integer_graph
 from edgecompress.machine import describe_machine, has_vnni, summarize_machine, versions
 from edgecompress.measuring import measure_latency
+from edgecompress.model_settings import ModelSettings
 from edgecompress.models import create_model
 from edgecompress.parity import Logits, sqnr_db, top1_agreement
 from edgecompress.preprocessing import Preprocessing
-from edgecompress.recipe import DataSettings, ModelSettings, QuantizeStage
+from edgecompress.recipe import DataSettings, QuantizeStage
 from edgecompress.target import load_target
 
 _METHODS = Path(__file__).with_name("int8_methods.py")

@@ -115,8 +115,9 @@ def _make_ours(request: dict[str, Any]) -> dict[str, Any]:
     from edgecompress.int8.post_training import quantize
     from edgecompress.int8.scheme import resolve_scheme
     from edgecompress.machine import versions
+    from edgecompress.model_settings import ModelSettings
     from edgecompress.models import create_model
-    from edgecompress.recipe import DataSettings, ModelSettings, QuantizeStage
+    from edgecompress.recipe import DataSettings, QuantizeStage
     from edgecompress.target import load_target
 
     torch.manual_seed(0)
