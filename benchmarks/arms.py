@@ -31,6 +31,8 @@ Result = dict[str, Any]
 INT8 = {"kind": "quantize", "id": "int8", "placement": "full", "effort": "fast"}
 """The stage that every run ends with, where int8 is not what the benchmark is about: the quickest."""
 
+_KEPT = ("accuracy", "accuracy_split", "samples", "params", "macs", "sparsity", "size_bytes", "seconds", "summary")
+
 # Two-sided 95 % quantiles of Student's t for 1, 2, ... degrees of freedom.
 _T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
@@ -62,66 +64,104 @@ class Benchmark:
         )
         parser.add_argument("--seeds", type=int, default=3)
         parser.add_argument("--only", nargs="+", default=[], help="names of the arms to run; the others are only shown")
-        parser.add_argument("--table", action="store_true", help="train nothing: print the table of the files there are")
+        parser.add_argument(
+            "--table", action="store_true", help="train nothing: print the table of the files there are"
+        )
         parser.add_argument("--work", type=Path, default=Path("results"), help="run directories, kept to go on from")
         parser.add_argument("--results", type=Path, default=Path(__file__).with_name("results"))
         object.__setattr__(self, "parser", parser)
 
-    def folder(self, arguments: argparse.Namespace, arm: str, seed: int) -> Path:
-        """The run directory of an arm's seed."""
-        return Path(arguments.work) / self.name / f"{arm.replace(' ', '-')}-seed{seed}"
-
     def run(self, arguments: argparse.Namespace, arms: Sequence[Arm]) -> dict[str, list[Result]]:
         """Run what has no JSON file yet, seed by seed, and read all that have one, by arm."""
+        runs = _Runs(self.name, arguments, {arm.name: arm for arm in arms})
         for seed in range(arguments.seeds):
             for arm in arms:
-                if arguments.table or (arguments.only and arm.name not in arguments.only):
-                    continue
-                if seed < (arm.seeds or arguments.seeds) and not self._file(arguments, arm.name, seed).is_file():
-                    self._run(arguments, arm, seed)
-        found: dict[str, list[Result]] = {}
-        for arm in arms:
-            files = (self._file(arguments, arm.name, seed) for seed in range(arm.seeds or arguments.seeds))
-            found[arm.name] = [json.loads(file.read_text(encoding="utf-8")) for file in files if file.is_file()]
-        return found
+                if not arguments.table and (not arguments.only or arm.name in arguments.only):
+                    runs.ensure_result(arm, seed)
+        return {arm.name: runs.results(arm) for arm in arms}
 
-    def _file(self, arguments: argparse.Namespace, arm: str, seed: int) -> Path:
-        return Path(arguments.results) / self.name / f"{arm.replace(' ', '-')}-seed{seed}.json"
+    def run_directory(self, arguments: argparse.Namespace, arm: Arm, seed: int) -> Path:
+        """Where an arm's run is, made where it is not there yet."""
+        runs = _Runs(self.name, arguments, {arm.name: arm})
+        runs.apply(arm, seed)
+        return runs.folder(arm, seed)
 
-    def _run(self, arguments: argparse.Namespace, arm: Arm, seed: int) -> None:
-        folder = self.folder(arguments, arm.name, seed)
+
+@dataclass(frozen=True)
+class _Runs:
+    """The runs of one command: an arm may start from the weights of another, written `@arm/stage` in its recipe."""
+
+    benchmark: str
+    arguments: argparse.Namespace
+    arms: Mapping[str, Arm]
+
+    def folder(self, arm: Arm, seed: int) -> Path:
+        return Path(self.arguments.work) / self.benchmark / f"{arm.name.replace(' ', '-')}-seed{seed}"
+
+    def _file(self, arm: Arm, seed: int) -> Path:
+        return Path(self.arguments.results) / self.benchmark / f"{arm.name.replace(' ', '-')}-seed{seed}.json"
+
+    def _seeds(self, arm: Arm) -> int:
+        return min(arm.seeds or self.arguments.seeds, self.arguments.seeds)
+
+    def results(self, arm: Arm) -> list[Result]:
+        files = (self._file(arm, seed) for seed in range(self._seeds(arm)))
+        return [json.loads(file.read_text(encoding="utf-8")) for file in files if file.is_file()]
+
+    def apply(self, arm: Arm, seed: int) -> Any:
+        """The manifest of an arm's run, complete; nothing is trained twice."""
+        folder = self.folder(arm, seed)
         recipe_file = folder.with_suffix(".yaml")
         recipe_file.parent.mkdir(parents=True, exist_ok=True)
+        document = {"gates": {"max_accuracy_drop": 1.0}, **arm.recipe, "seed": seed}
         # Through JSON, so that what two places share is written out in both.
-        document = json.loads(json.dumps({"gates": {"max_accuracy_drop": 1.0}, **arm.recipe, "seed": seed}))
-        recipe_file.write_text(yaml.safe_dump(document, sort_keys=False), encoding="utf-8")
-        outcome = pipeline.apply(str(recipe_file), output=folder, resume=True)
-        stages = {stage["id"]: stage for stage in outcome.manifest["stages"] if stage["status"] == "complete"}
-        kept = ("accuracy", "accuracy_split", "samples", "params", "macs", "sparsity", "size_bytes", "seconds", "summary")
+        resolved = json.loads(json.dumps(self._resolve(document, seed)))
+        recipe_file.write_text(yaml.safe_dump(resolved, sort_keys=False), encoding="utf-8")
+        return pipeline.apply(str(recipe_file), output=folder, resume=True).manifest
+
+    def _resolve(self, value: Any, seed: int) -> Any:
+        if isinstance(value, Mapping):
+            return {key: self._resolve(item, seed) for key, item in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [self._resolve(item, seed) for item in value]
+        if not isinstance(value, str) or not value.startswith("@"):
+            return value
+        name, _, stage = value[1:].partition("/")
+        other = self.arms[name]
+        its_seed = min(seed, self._seeds(other) - 1)
+        self.ensure_result(other, its_seed)
+        self.apply(other, its_seed)
+        return str(self.folder(other, its_seed) / "stages" / stage / "model.safetensors")
+
+    def ensure_result(self, arm: Arm, seed: int) -> None:
+        if seed >= self._seeds(arm) or self._file(arm, seed).is_file():
+            return
+        manifest = self.apply(arm, seed)
+        stages = {stage["id"]: stage for stage in manifest["stages"] if stage["status"] == "complete"}
         result: Result = {
-            "benchmark": self.name,
+            "benchmark": self.benchmark,
             "arm": arm.name,
             "seed": seed,
-            **{key: stages[arm.stage].get(key) for key in kept},
-            "stages": {name: {key: stage.get(key) for key in kept} for name, stage in stages.items()},
-            "recipe": document,
-            "data": outcome.manifest["data"]["fingerprint"],
+            **{key: stages[arm.stage].get(key) for key in _KEPT},
+            "stages": {name: {key: stage.get(key) for key in _KEPT} for name, stage in stages.items()},
+            "recipe": _without_paths({**arm.recipe, "seed": seed}),
+            "data": manifest["data"]["fingerprint"],
             "machine": summarize_machine(describe_machine()),
             "versions": versions(),
             "made_at": datetime.now(UTC).isoformat(timespec="seconds"),
         }
-        file = self._file(arguments, arm.name, seed)
+        file = self._file(arm, seed)
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(_portable(result, folder.parent), indent=1) + "\n", encoding="utf-8")
+        file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
-def _portable(value: Any, work: Path) -> Any:
-    """The same without the path of this machine in it."""
-    if isinstance(value, str):
-        return value.replace(str(work.resolve()), "WORK").replace(str(work), "WORK")
-    if isinstance(value, dict):
-        return {key: _portable(item, work) for key, item in value.items()}
-    return [_portable(item, work) for item in value] if isinstance(value, list) else value
+def _without_paths(value: Any) -> Any:
+    """The recipe without the folders of this machine: of a path, its last part."""
+    if isinstance(value, Mapping):
+        return {key: _without_paths(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_paths(item) for item in value]
+    return Path(value).name if isinstance(value, str) and value.startswith("/") else value
 
 
 def stage_accuracy(results: Sequence[Result], stage: str | None = None) -> np.ndarray:
@@ -155,7 +195,9 @@ def interval(differences: np.ndarray) -> str:
     return f"{mean:+.2f} [{mean - reach:+.2f}, {mean + reach:+.2f}]"
 
 
-def print_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], found: Mapping[str, list[Result]]) -> None:
+def print_table(
+    title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], found: Mapping[str, list[Result]]
+) -> None:
     """The table, and under it where its figures were made."""
     table = Table(title=title)
     for number, column in enumerate(columns):
