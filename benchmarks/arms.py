@@ -80,9 +80,9 @@ class Benchmark:
                     runs.ensure_result(arm, seed)
         return {arm.name: runs.results(arm) for arm in arms}
 
-    def run_directory(self, arguments: argparse.Namespace, arm: Arm, seed: int) -> Path:
+    def run_directory(self, arguments: argparse.Namespace, arms: Sequence[Arm], arm: Arm, seed: int) -> Path:
         """Where an arm's run is, made where it is not there yet."""
-        runs = _Runs(self.name, arguments, {arm.name: arm})
+        runs = _Runs(self.name, arguments, {other.name: other for other in arms})
         runs.apply(arm, seed)
         return runs.folder(arm, seed)
 

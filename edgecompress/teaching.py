@@ -14,7 +14,7 @@ from edgecompress.data import ImageData, PreparedSplit
 from edgecompress.distill import DistillationLoss, TrainingLoss
 from edgecompress.errors import ModelError
 from edgecompress.layer_matching import LayerMatcher
-from edgecompress.models import create_model
+from edgecompress.models import create_model, resolve_architecture
 from edgecompress.prune import copy_of
 from edgecompress.recipe import TrainingSettings
 from edgecompress.teacher import FrozenTeacher, TeacherView
@@ -30,7 +30,11 @@ def open_teachers(settings: TeacherSettings, data: ImageData, earlier: Callable[
             assert source.stage is not None
             opened.append(earlier(source.stage))
             continue
-        created = create_model(source.model, data)
+        # With the class count said, a checkpoint of other classes is refused; else it would get a new, untrained head.
+        classes = resolve_architecture(source.model, data).num_classes
+        created = create_model(source.model.model_copy(update={"num_classes": classes}), data)
+        for text in created.notes:
+            console.warn(f"teacher {source.model.name}: {text}")
         if created.weights == "random":
             console.warn(
                 f"the teacher {source.model.name} has random weights and can teach nothing: give its checkpoint, or "
