@@ -15,11 +15,11 @@ from edgecompress.distill import DistillationLoss, TrainingLoss
 from edgecompress.errors import ModelError
 from edgecompress.layer_matching import LayerMatcher
 from edgecompress.models import create_model, resolve_architecture
+from edgecompress.precision import make_accelerator, resolve_precision
 from edgecompress.prune import copy_of
 from edgecompress.recipe import TrainingSettings
 from edgecompress.teacher import FrozenTeacher, TeacherView
 from edgecompress.teacher_settings import TeacherSettings
-from edgecompress.training import make_accelerator
 
 
 def open_teachers(settings: TeacherSettings, data: ImageData, earlier: Callable[[str], Checkpoint]) -> list[Checkpoint]:
@@ -75,7 +75,7 @@ def teaching_loss(
         example = example_input(teachers[0].architecture)
         matcher = LayerMatcher(views[0].teacher, example=example, layers=settings.layers, seed=seed)
     elif settings.view == "clean" or (settings.view == "auto" and stage.augment.is_none):
-        accelerator = make_accelerator(precision)
+        accelerator = make_accelerator(resolve_precision(precision, student.module))
         frozen.keep(train, seen, device=accelerator.device, autocast=accelerator.autocast())
     return DistillationLoss(frozen, settings, label_smoothing=stage.label_smoothing, matcher=matcher)
 
