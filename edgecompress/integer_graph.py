@@ -12,6 +12,7 @@ belong to no standard) but read off one run with every tensor exposed.
 
 from __future__ import annotations
 
+import json
 import math
 import tempfile
 from collections import Counter
@@ -25,6 +26,8 @@ import onnx
 import onnxruntime as ort
 
 from edgecompress.errors import ProfileError
+from edgecompress.preprocessing import Preprocessing
+from edgecompress.preprocessing_graph import PIXEL_FORM, PREFIX
 
 # Position of the weights among the inputs, for each operator that multiplies and accumulates.
 _CONVOLUTIONS = {"Conv": 1, "FusedConv": 1, "NhwcFusedConv": 1, "NhwcConv": 1, "ConvInteger": 1, "QLinearConv": 3}
@@ -95,8 +98,8 @@ class _Tensor:
 def inspect_integer_graph(model: Path, *, threads: int = 1, on_arm: bool = False) -> IntegerGraph:
     """Optimize a model as the CPU provider would, and count what it runs. Raises ProfileError.
 
-    The input's axes beside the batch must be fixed. The result holds for the kind of CPU at hand: fusions are
-    the same on every CPU, layouts are not.
+    The input's axes beside the batch must be fixed, but for a file of ours with its preprocessing inside. The result
+    holds for the kind of CPU at hand: fusions are the same on every CPU, layouts are not.
     """
     if not model.is_file():
         raise ProfileError(f"{model}: no such file; export the model first")
@@ -163,7 +166,8 @@ def _tensors(fused: onnx.ModelProto, source: Path, threads: int) -> dict[str, _T
     options = _options(ort.GraphOptimizationLevel.ORT_DISABLE_ALL, threads)
     try:
         session = ort.InferenceSession(exposed.SerializeToString(), options, providers=["CPUExecutionProvider"])
-        feeds = {node.name: _blank(node, source) for node in session.get_inputs()}
+        side = _input_side(fused)
+        feeds = {node.name: _blank(node, source, side) for node in session.get_inputs()}
         values = session.run(None, feeds)
     except ProfileError:
         raise
@@ -182,8 +186,18 @@ def _tensors(fused: onnx.ModelProto, source: Path, threads: int) -> dict[str, _T
     return tensors
 
 
-def _blank(node: ort.NodeArg, source: Path) -> np.ndarray[Any, Any]:
+def _input_side(model: onnx.ModelProto) -> int | None:
+    """The side in pixels that a file with preprocessing inside resizes its images to, from its metadata."""
+    facts = {entry.key: entry.value for entry in model.metadata_props}
+    if facts.get("edgecompress.input_form") != PIXEL_FORM or "edgecompress.preprocessing" not in facts:
+        return None
+    return Preprocessing.from_dict(json.loads(facts["edgecompress.preprocessing"])).input_size
+
+
+def _blank(node: ort.NodeArg, source: Path, side: int | None) -> np.ndarray[Any, Any]:
     free = [axis for axis, size in enumerate(node.shape) if not isinstance(size, int)]
+    if side is not None and free == [0, 1, 2]:
+        return np.zeros([1, side, side, node.shape[3]], dtype=np.uint8)
     if any(axis > 0 for axis in free):
         raise ProfileError(
             f"{source}: input '{node.name}' has free axes {node.shape}; only the batch may be free: export with a size"
@@ -217,7 +231,7 @@ def _macs(node: onnx.NodeProto, tensors: dict[str, _Tensor]) -> int:
 def _float_islands(
     nodes: Sequence[onnx.NodeProto], macs: Sequence[int], tensors: dict[str, _Tensor]
 ) -> list[dict[str, Any]]:
-    """Connected groups of operators that compute in float, heaviest first."""
+    """Connected groups of operators that compute in float, heaviest first; preprocessing is not the model's."""
     members = [index for index, node in enumerate(nodes) if _handles_floats(node, tensors)]
     parent = {index: index for index in members}
 
@@ -247,6 +261,6 @@ def _float_islands(
 
 
 def _handles_floats(node: onnx.NodeProto, tensors: dict[str, _Tensor]) -> bool:
-    if node.op_type in _BOUNDARIES or _is_integer(node):
+    if node.op_type in _BOUNDARIES or _is_integer(node) or node.name.startswith(PREFIX):
         return False
     return any(name in tensors and tensors[name].is_float for name in node.output)
