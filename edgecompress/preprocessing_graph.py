@@ -71,10 +71,9 @@ def embed_preprocessing(
     kept = list(graph.node)
     del graph.node[:]
     graph.node.extend([*builder.nodes, *kept])
-    side: int | str = size
     del graph.input[:]
-    shape_of_input = ["batch", "height", "width", channels] if any_size else ["batch", side, side, channels]
-    graph.input.append(helper.make_tensor_value_info(_INPUT, TensorProto.UINT8, shape_of_input))
+    height, width = ("height", "width") if any_size else (size, size)
+    graph.input.append(helper.make_tensor_value_info(_INPUT, TensorProto.UINT8, ["batch", height, width, channels]))
     del graph.value_info[:]
     if softmax or top_k is not None:
         _answers(graph, softmax=softmax, top_k=top_k)
