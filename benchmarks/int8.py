@@ -11,7 +11,8 @@ one and two threads against fp32 (medians; ratio with its 95 % interval, interle
 peak memory of making the file. ORT's Percentile and Entropy keep every activation: they get --peer-samples images.
 Below the table: the two ceilings (8-bit activations alone, 8-bit weights alone, ranges and rounding of the first of
 our rows), the share of the gap to the first that ours closes over the best peer, and PyTorch int8 against ONNX int8.
---model and --checkpoint can be repeated, in pairs. --only takes parts of row names.
+--model and --checkpoint can be repeated, in pairs. --only takes parts of row names. With --keep a benchmark that was
+stopped goes on where it was: delete a file to make its row again.
 """
 
 from __future__ import annotations
@@ -150,6 +151,9 @@ class _Bench:
         self.rows: list[dict[str, Any]] = [
             {"name": "fp32", "accuracy": self._accuracy(self.reference), "size_bytes": self.fp32.stat().st_size}
         ]
+        # What a kept row was made from and judged on, its method aside.
+        names = ("data", "class_index", "other_data", "other_images", "samples", "images", "target")
+        self.question = {key: getattr(arguments, key) for key in names} | {"model": name, "checkpoint": checkpoint}
         self.skipped: dict[str, str] = {}
         self.ceilings: dict[str, Any] = {}
 
@@ -168,6 +172,14 @@ class _Bench:
         """Make and evaluate one row; a method that fails is named with its reason and left out."""
         path = self.folder / f"{name.replace(' ', '_').replace(',', '')}.onnx"
         first_of_ours = method["family"] == "ours" and not self.ceilings
+        kept, wanted = path.with_suffix(".json"), json.loads(json.dumps({**self.question, **method}, default=str))
+        if kept.is_file() and path.is_file():
+            found = json.loads(kept.read_text(encoding="utf-8"))
+            if found["question"] == wanted and (found["ceilings"] or not first_of_ours):
+                self.ceilings = self.ceilings or found["ceilings"]
+                self.files[name] = path
+                self.rows.append(found["row"])
+                return
         request = {**self.request, **method, "fp32": str(self.fp32), "output": str(path), "ceilings": first_of_ours}
         if method["family"] == "nncf" and importlib.util.find_spec("nncf") is None:
             self.skipped[name] = "nncf is not installed (pip install nncf)"
@@ -204,6 +216,8 @@ class _Bench:
             self.ceilings = {kind: {**self._compared(torch_logits[kind]), "ranges_of": name} for kind in kinds}
         self.files[name] = path
         self.rows.append(row)
+        answer = {"question": wanted, "row": row, "ceilings": self.ceilings if first_of_ours else {}}
+        kept.write_text(json.dumps(answer, default=str), encoding="utf-8")
 
     def _compared(self, logits: Logits) -> dict[str, float]:
         return {"agreement": top1_agreement(self.reference, logits), "sqnr_db": sqnr_db(self.reference, logits)}
@@ -336,7 +350,7 @@ def main() -> None:
     parser.add_argument("--target", default="x86")
     parser.add_argument("--only", nargs="+", metavar="PART", help="only rows whose name holds one of these")
     parser.add_argument("--json", type=Path, help="also write every number here")
-    parser.add_argument("--keep", type=Path, help="keep the files in this folder")
+    parser.add_argument("--keep", type=Path, help="keep the files and rows here, and use those that are")
     arguments = parser.parse_args()
     if arguments.checkpoint and len(arguments.checkpoint) != len(arguments.model):
         parser.error("give one --checkpoint for each --model, or none (random weights: only latency means anything)")
