@@ -7,8 +7,9 @@ Rows: ours with every effort of the recipe; onnxruntime's `quantize_static` (uin
 channel, QDQ, after `quant_pre_process`) with MinMax, Percentile and Entropy, and with reduce_range where the CPU has no
 VNNI; NNCF with fast and with full bias correction, where it is installed (`pip install nncf`). Columns: top-1,
 agreement with fp32, SQNR of the logits, agreement and SQNR on images of another source (--other-data), latency on
-one and two threads against fp32 (medians; ratio with its 95 % interval, interleaved in fresh processes), seconds (of the
-clock, and of the CPU, which a busy machine changes less) and peak memory of making the file. ORT's Percentile and Entropy keep every activation: they get --peer-samples images.
+one and two threads against fp32 (medians; ratio with its 95 % interval, interleaved in fresh processes), seconds (of
+the clock, and of the CPU, which a busy machine changes less) and peak memory of making the file. ORT's Percentile and
+Entropy keep every activation: they get --peer-samples images.
 Below the table: the two ceilings (8-bit activations alone, 8-bit weights alone, ranges and rounding of the first of
 our rows), the share of the gap to the first that ours closes over the best peer, and PyTorch int8 against ONNX int8.
 --model and --checkpoint can be repeated, in pairs. --only takes parts of row names. With --keep a benchmark that was
