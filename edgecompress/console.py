@@ -1,7 +1,7 @@
 """What a person sees while a command works: progress bars and notes, all on stderr.
 
 stdout stays free for the result (a table, or one JSON document with `--json`). When stderr is no
-terminal, a bar becomes one line at its end; with `quiet` only warnings are printed.
+terminal, a bar becomes a line now and then and one at its end; with `quiet` only warnings are printed.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ if TYPE_CHECKING:  # rich takes half of the time of `--help`, which prints nothi
     from rich.console import Console
 
 _SHOW_AFTER_SECONDS = 1.0
+_SECONDS_BETWEEN_LINES = 30.0  # where there is no terminal
 
 
 @dataclass
@@ -80,15 +81,11 @@ def progress(description: str, total: int) -> Iterator[Advance]:
     console = stderr()
     started = time.monotonic()
     if not console.is_terminal:
-        last = {"status": ""}
-
-        def remember(count: int = 1, status: str = "") -> None:
-            last["status"] = status or last["status"]
-
-        yield remember
+        lines = _Lines(description, total, told_at=started)
+        yield lines.advance
         seconds = time.monotonic() - started
         if seconds >= _SHOW_AFTER_SECONDS:
-            note(f"{description}: done in {seconds:.1f} s {last['status']}".rstrip())
+            note(f"{description}: done in {seconds:.1f} s {lines.status}".rstrip())
         return
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -108,6 +105,25 @@ def progress(description: str, total: int) -> Iterator[Advance]:
                 bar.update(task, status=status)
 
         yield advance
+
+
+@dataclass
+class _Lines:
+    """Progress where there is no terminal: a line now and then, so that a log shows that the work goes on."""
+
+    description: str
+    total: int
+    told_at: float
+    done: int = 0
+    status: str = ""
+
+    def advance(self, count: int = 1, status: str = "") -> None:
+        self.done += count
+        self.status = status or self.status
+        now = time.monotonic()
+        if now - self.told_at >= _SECONDS_BETWEEN_LINES:
+            self.told_at = now
+            note(f"{self.description}: {self.done} of {self.total} {self.status}".rstrip())
 
 
 @contextmanager

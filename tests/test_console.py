@@ -40,6 +40,20 @@ def test_without_a_terminal_long_work_is_one_line(
     assert err == "training [dense]: done in 0.0 s loss 4\n"
 
 
+def test_without_a_terminal_work_that_goes_on_says_so_now_and_then(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = iter(range(0, 1000, 10))
+    monkeypatch.setattr("edgecompress.console.time.monotonic", lambda: float(next(clock)))
+    work(total=5)  # ten calls, ten seconds apart
+    assert capsys.readouterr().err.splitlines() == [
+        "training dense: 2 of 5 loss 0",
+        "training dense: 3 of 5 loss 2",
+        "training dense: 5 of 5 loss 3",
+        "training dense: done in 110.0 s loss 4",
+    ]
+
+
 def test_work_that_fails_is_not_said_to_be_done(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
