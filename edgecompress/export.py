@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from edgecompress.errors import ExportError
+from edgecompress.node_names import name_nodes
 from edgecompress.onnx_rewrite import rewrite
 from edgecompress.preprocessing import Preprocessing
-from edgecompress.preprocessing_graph import describe_signature
 from edgecompress.run_directory import atomic_path
 from edgecompress.target import Target
 
@@ -56,6 +56,7 @@ def export_onnx(
     """
     model = _translate(module, example, target)
     rewrites = rewrite(model)
+    name_nodes(model)
     _tidy(model, target)
     _write_metadata(model, preprocessing, provenance, extra_metadata)
     with atomic_path(path) as temporary:
@@ -115,10 +116,6 @@ def _tidy(model: onnx.ModelProto, target: Target) -> None:
         element.doc_string = ""
     for tensor in model.graph.initializer:
         del tensor.metadata_props[:]
-    for value in [*model.graph.input, *model.graph.output]:
-        for dim in value.type.tensor_type.shape.dim:
-            if dim.dim_param:  # torch.export's own name for it, such as s77
-                dim.dim_param = "batch"
     # The runtime infers the inner shapes again; they would only add bytes.
     del model.graph.value_info[:]
 
@@ -135,7 +132,6 @@ def _write_metadata(
         **extra,
     }
     onnx.helper.set_model_props(model, {f"edgecompress.{key}": value for key, value in entries.items()})
-    describe_signature(model)
 
 
 def check_file(path: Path) -> None:

@@ -12,11 +12,10 @@ belong to no standard) but read off one run with every tensor exposed.
 
 from __future__ import annotations
 
-import json
 import math
 import tempfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,8 +25,7 @@ import onnx
 import onnxruntime as ort
 
 from edgecompress.errors import ProfileError
-from edgecompress.preprocessing import Preprocessing
-from edgecompress.preprocessing_graph import PIXEL_FORM, PREFIX
+from edgecompress.measure_worker import DTYPES, input_shape
 
 # Position of the weights among the inputs, for each operator that multiplies and accumulates.
 _CONVOLUTIONS = {"Conv": 1, "FusedConv": 1, "NhwcFusedConv": 1, "NhwcConv": 1, "ConvInteger": 1, "QLinearConv": 3}
@@ -64,6 +62,12 @@ _MOVERS = {
     "Transpose",
     "Unsqueeze",
 }
+# Float operators for which the CPU provider has an integer twin, so that staying in float has another cause.
+_HAVE_INTEGER_KERNELS = {
+    *("Conv", "FusedConv", "ConvTranspose", "Gemm", "FusedGemm", "MatMul", "FusedMatMul", "Add", "Mul", "Concat"),
+    *("AveragePool", "GlobalAveragePool", "MaxPool", "ReduceMean", "Relu", "Clip", "LeakyRelu", "Sigmoid", "Softmax"),
+    *("Where", "ArgMax", "Resize"),
+}
 _FLOATS = (np.float16, np.float32, np.float64)
 _NAMED_NODES = 8  # an island of a float model is the whole model; its first nodes name it well enough
 
@@ -74,7 +78,8 @@ class IntegerGraph:
 
     `op_counts` has the operators as they run; `macs` is per image; `int8_mac_coverage` is the share of MACs
     that integer kernels run (0 for a model without MACs). `float_islands` are connected groups of float operators,
-    heaviest first: `op_types`, `nodes` (the first few), `node_count`, `macs_share`. `weights_bytes` is the memory
+    heaviest first: `op_types`, `nodes` (the first few), `node_count`, `macs_share`, and `reason`, why
+    they are in float. `weights_bytes` is the memory
     of the constants that the runtime keeps. `uncounted_ops` multiply, but their MACs are in no number here.
     """
 
@@ -95,11 +100,13 @@ class _Tensor:
     is_float: bool
 
 
-def inspect_integer_graph(model: Path, *, threads: int = 1, on_arm: bool = False) -> IntegerGraph:
+def inspect_integer_graph(
+    model: Path, *, threads: int = 1, on_arm: bool = False, shapes: Mapping[str, Sequence[int]] | None = None
+) -> IntegerGraph:
     """Optimize a model as the CPU provider would, and count what it runs. Raises ProfileError.
 
-    The input's axes beside the batch must be fixed, but for a file of ours with its preprocessing inside. The result
-    holds for the kind of CPU at hand: fusions are the same on every CPU, layouts are not.
+    The inputs' axes beside the batch must be fixed, or given a size by `shapes` [input]. The result holds for the kind
+    of CPU at hand: fusions are the same on every CPU, layouts are not.
     """
     if not model.is_file():
         raise ProfileError(f"{model}: no such file; export the model first")
@@ -108,7 +115,7 @@ def inspect_integer_graph(model: Path, *, threads: int = 1, on_arm: bool = False
         extended = _options(ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED, threads, on_arm)
         running = _optimized(model, all_passes, Path(folder) / "all.onnx")
         fused = _optimized(model, extended, Path(folder) / "fused.onnx")
-    tensors = _tensors(fused, model, threads)
+    tensors = _tensors(fused, model, threads, shapes or {})
     nodes = list(fused.graph.node)
     macs = [_macs(node, tensors) for node in nodes]
     total = sum(macs)
@@ -156,7 +163,9 @@ def _constant_bytes(constant: onnx.TensorProto) -> int:
     return int(math.prod(constant.dims) * onnx.helper.tensor_dtype_to_np_dtype(constant.data_type).itemsize)
 
 
-def _tensors(fused: onnx.ModelProto, source: Path, threads: int) -> dict[str, _Tensor]:
+def _tensors(
+    fused: onnx.ModelProto, source: Path, threads: int, shapes: Mapping[str, Sequence[int]]
+) -> dict[str, _Tensor]:
     """Shape and kind of every tensor at batch 1: of constants, and of the rest from one run with all exposed."""
     exposed = onnx.ModelProto()
     exposed.CopyFrom(fused)
@@ -166,8 +175,7 @@ def _tensors(fused: onnx.ModelProto, source: Path, threads: int) -> dict[str, _T
     options = _options(ort.GraphOptimizationLevel.ORT_DISABLE_ALL, threads)
     try:
         session = ort.InferenceSession(exposed.SerializeToString(), options, providers=["CPUExecutionProvider"])
-        side = _input_side(fused)
-        feeds = {node.name: _blank(node, source, side) for node in session.get_inputs()}
+        feeds = {node.name: _blank(node, source, shapes) for node in session.get_inputs()}
         values = session.run(None, feeds)
     except ProfileError:
         raise
@@ -186,26 +194,14 @@ def _tensors(fused: onnx.ModelProto, source: Path, threads: int) -> dict[str, _T
     return tensors
 
 
-def _input_side(model: onnx.ModelProto) -> int | None:
-    """The side in pixels that a file with preprocessing inside resizes its images to, from its metadata."""
-    facts = {entry.key: entry.value for entry in model.metadata_props}
-    if facts.get("edgecompress.input_form") != PIXEL_FORM or "edgecompress.preprocessing" not in facts:
-        return None
-    return Preprocessing.from_dict(json.loads(facts["edgecompress.preprocessing"])).input_size
-
-
-def _blank(node: ort.NodeArg, source: Path, side: int | None) -> np.ndarray[Any, Any]:
-    free = [axis for axis, size in enumerate(node.shape) if not isinstance(size, int)]
-    if side is not None and free == [0, 1, 2]:
-        return np.zeros([1, side, side, node.shape[3]], dtype=np.uint8)
-    if any(axis > 0 for axis in free):
-        raise ProfileError(
-            f"{source}: input '{node.name}' has free axes {node.shape}; only the batch may be free: export with a size"
-        )
-    dtypes = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(uint8)": np.uint8}
-    if node.type not in dtypes:
-        raise ProfileError(f"{source}: input '{node.name}' is {node.type}; images are float or uint8")
-    return np.zeros([1 if axis in free else size for axis, size in enumerate(node.shape)], dtype=dtypes[node.type])
+def _blank(node: ort.NodeArg, source: Path, shapes: Mapping[str, Sequence[int]]) -> np.ndarray[Any, Any]:
+    if node.type not in DTYPES:
+        raise ProfileError(f"{source}: input '{node.name}' is {node.type}; known are {', '.join(DTYPES)}")
+    try:
+        given = {name: list(sizes) for name, sizes in shapes.items()}
+        return np.zeros(input_shape(node.name, node.shape, batch=1, given=given), dtype=DTYPES[node.type])
+    except ValueError as error:
+        raise ProfileError(f"{source}: {error}: export with a size") from error
 
 
 def _attribute(node: onnx.NodeProto, name: str) -> int:
@@ -231,7 +227,7 @@ def _macs(node: onnx.NodeProto, tensors: dict[str, _Tensor]) -> int:
 def _float_islands(
     nodes: Sequence[onnx.NodeProto], macs: Sequence[int], tensors: dict[str, _Tensor]
 ) -> list[dict[str, Any]]:
-    """Connected groups of operators that compute in float, heaviest first; preprocessing is not the model's."""
+    """Connected groups of operators that compute in float, heaviest first."""
     members = [index for index, node in enumerate(nodes) if _handles_floats(node, tensors)]
     parent = {index: index for index in members}
 
@@ -251,16 +247,37 @@ def _float_islands(
         if nodes[index].op_type not in _MOVERS:
             groups.setdefault(root(index), []).append(index)
     total = sum(macs)
+    rounded = {name for node in nodes if node.op_type == "DequantizeLinear" for name in node.output}
+    is_quantized = bool(rounded) or any(_is_integer(node) for node in nodes)
     islands = []
     for group in groups.values():
         first = [nodes[index].name or nodes[index].output[0] for index in group[:_NAMED_NODES]]
         share = sum(macs[index] for index in group) / total if total else 0.0
         types = dict(Counter(nodes[index].op_type for index in group).most_common())
-        islands.append({"op_types": types, "nodes": first, "node_count": len(group), "macs_share": share})
+        reason = _why_in_float([nodes[index] for index in group], rounded, is_quantized)
+        island = {"op_types": types, "nodes": first, "node_count": len(group), "macs_share": share, "reason": reason}
+        islands.append(island)
     return sorted(islands, key=lambda island: (-island["macs_share"], -island["node_count"]))
 
 
+def _why_in_float(group: Sequence[onnx.NodeProto], rounded: set[str], is_quantized: bool) -> str:
+    """The cause that explains an island: of several, the one that a user can do most about."""
+    if not is_quantized:
+        return "nothing in this file is rounded to integers"
+    asked = sorted({node.op_type for node in group if node.input and all(n in rounded for n in node.input[:2] if n)})
+    heavy = sorted({node.op_type for node in group if node.op_type in _MAC_OPERATORS})
+    unfused = [name for name in asked if name in _HAVE_INTEGER_KERNELS]
+    if unfused:
+        return f"the file rounds around {', '.join(unfused)}, but ONNX Runtime did not fuse it into an integer kernel"
+    if heavy:
+        return f"the file leaves {', '.join(heavy)} in float: no rounding stands around it"
+    without = sorted({node.op_type for node in group} - _HAVE_INTEGER_KERNELS)
+    if without:
+        return f"the CPU provider has no integer kernel for {', '.join(without)}"
+    return "no rounding stands around it in the file"
+
+
 def _handles_floats(node: onnx.NodeProto, tensors: dict[str, _Tensor]) -> bool:
-    if node.op_type in _BOUNDARIES or _is_integer(node) or node.name.startswith(PREFIX):
+    if node.op_type in _BOUNDARIES or _is_integer(node):
         return False
     return any(name in tensors and tensors[name].is_float for name in node.output)

@@ -46,7 +46,10 @@ _SHORTEST_SECONDS = 0.15
 _LONGEST_SECONDS = 4.0
 _TIMEOUT_SECONDS = 120.0
 _STDERR_LINES = 8
+# With many models at once not every order gets a process, and not every pair is waited for.
+_MOST_PERMUTED = 4
 Floats = npt.NDArray[np.float64]
+Json = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -194,6 +197,37 @@ def _request(
     return {**common, **(session or {})}
 
 
+def ask_worker(
+    mode: str,
+    model: Path,
+    *,
+    what: str,
+    threads: int,
+    providers: Sequence[str],
+    input_npy: Path | None,
+    session: Mapping[str, Any] | None = None,
+    shapes: Mapping[str, Sequence[int]] | None = None,
+    **own: Any,
+) -> Json:
+    """One request about one model to one fresh process; `own` are the mode's keys. Raises ProfileError."""
+    request = _request(mode, threads=threads, providers=providers, input_npy=input_npy, session=session)
+    request |= {"model": _existing({"model": model})["model"], "shapes": dict(shapes or {}), **own}
+    return _ask_worker(request, what=what, timeout=_TIMEOUT_SECONDS)
+
+
+def copy_seconds(size_bytes: int, *, threads: int) -> float:
+    """Median seconds of copying so many bytes in memory, by so many threads at once. Raises ProfileError."""
+    request = {"mode": "copy", "bytes": size_bytes, "threads": threads}
+    answer = _ask_worker(request, what="the speed of memory", timeout=_TIMEOUT_SECONDS)
+    return float(answer["seconds"] * size_bytes / answer["bytes"])
+
+
+def measure_arena(model: Path, **how: Any) -> int | None:
+    """Bytes that ONNX Runtime's arena takes, or None where its log does not tell. Raises ProfileError."""
+    size = ask_worker("arena", model, what=f"the arena of {Path(model).name}", **how)["arena_bytes"]
+    return None if size is None else int(size)
+
+
 def _existing(models: Mapping[str, Path]) -> dict[str, str]:
     missing = [str(path) for path in models.values() if not Path(path).is_file()]
     if missing or not models:
@@ -202,11 +236,23 @@ def _existing(models: Mapping[str, Path]) -> dict[str, str]:
 
 
 def _widest(measurement: LatencyMeasurement) -> float:
-    """The relative half-width that must shrink: the widest among the ratios of any two models, or of one's median."""
+    """The relative half-width that must shrink: the widest among the ratios of any two models, or of one's median.
+
+    Of more than four models, only the ratios to the first one are waited for.
+    """
     names = list(measurement.windows_ms)
     if len(names) == 1:
         return measurement.percentile(names[0], 50).relative_half_width
-    return max(measurement.ratio(*pair).relative_half_width for pair in itertools.combinations(names, 2))
+    pairs = itertools.combinations(names, 2) if len(names) <= _MOST_PERMUTED else ((names[0], n) for n in names[1:])
+    return max(measurement.ratio(*pair).relative_half_width for pair in pairs)
+
+
+def _orders(names: Sequence[str]) -> list[tuple[str, ...]]:
+    """Orders to load the models in: all of them, or with many models each one first and each one last in turn."""
+    if len(names) <= _MOST_PERMUTED:
+        return list(itertools.permutations(names))
+    turned = [(*names[start:], *names[:start]) for start in range(len(names))]
+    return [order for forth in turned for order in (forth, forth[::-1])]
 
 
 def measure_latency(
@@ -220,6 +266,9 @@ def measure_latency(
     narrow_enough: float = NARROW_ENOUGH,
     answers: Answers | None = None,
     session: Mapping[str, Any] | None = None,
+    settings: Mapping[str, Json] | None = None,
+    shapes: Mapping[str, Sequence[int]] | None = None,
+    what: str | None = None,
 ) -> LatencyMeasurement:
     """Measure models side by side in at least `processes` fresh processes.
 
@@ -227,18 +276,20 @@ def measure_latency(
     `narrow_enough` or `seconds` (start-up included) are spent; `stopped_because` says which. `input_npy` holds
     preprocessed images [N, ...], run one at a time; None stands for random ones. `answers` of an attempt that was
     cut off are used before any process is started. `session` holds a target's session settings, for all models
-    alike. Raises ProfileError.
+    alike; `settings` [name] changes threads, batch, providers or any of those for one of the models, which may share
+    a file. `shapes` [input] gives free axes a size; `what` names it all on the terminal. Raises ProfileError.
     """
     paths = _existing(models)
     share = min(max(seconds / _SHARES, _SHORTEST_SECONDS), _LONGEST_SECONDS)
     request = _request("latency", threads=threads, providers=providers, input_npy=input_npy, session=session)
     request |= {"models": paths, "seconds": share, "window_ms": min(WINDOW_MS, share * 1e3 / 10)}
+    request |= {"settings": dict(settings or {}), "shapes": dict(shapes or {})}
     windows: dict[str, list[list[Floats]]] = {name: [] for name in paths}
     reference: list[Floats] = []
     steady, started = 0, time.monotonic()
-    what = " and ".join(paths)
+    what = what or " and ".join(paths)
     # Who is loaded first gets another memory layout, so processes take turns.
-    orders = list(itertools.permutations(paths))
+    orders = _orders(list(paths))
     with console.progress(f"measuring {what}", processes) as advance:
         while True:
             order = orders[len(reference) % len(orders)]
@@ -275,6 +326,7 @@ def measure_fresh(
     processes: int = FRESH_PROCESSES,
     answers: Answers | None = None,
     session: Mapping[str, Any] | None = None,
+    shapes: Mapping[str, Sequence[int]] | None = None,
 ) -> FreshMeasurement:
     """Load time, first inference and memory of one model, each from `processes` fresh processes.
 
@@ -282,7 +334,7 @@ def measure_fresh(
     """
     path = _existing({"model": model})["model"]
     request = _request("fresh", threads=threads, providers=providers, input_npy=input_npy, session=session)
-    request |= {"model": path}
+    request |= {"model": path, "shapes": dict(shapes or {})}
     what = f"loading of {Path(model).name}"
     replies = [_answer(request, what=what, timeout=_TIMEOUT_SECONDS, answers=answers) for _ in range(processes)]
 

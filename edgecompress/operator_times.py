@@ -1,18 +1,12 @@
-"""Where the time goes: ONNX Runtime's own profile of a float file and its int8 twin, layer by layer.
+"""What int8 changes, layer by layer: the runtime's profile of a float file beside that of its int8 twin.
 
 What enters: two ONNX files of one network. What leaves: the milliseconds that each layer with weights, and what
-follows it up to the next one, takes in float and in int8, and what a change between the two costs. Kernels are
-mapped back to layers by name: the optimizer names a fused kernel after a node or a tensor of the file, and what it
-adds of its own (a change of layout) belongs to the kernel before it.
+follows it up to the next one, takes in float and in int8, and what a change between the two costs.
 """
 
 from __future__ import annotations
 
-import json
-import re
-import tempfile
-import time
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,16 +14,12 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime as ort
 
 from edgecompress.errors import ProfileError
+from edgecompress.kernel_times import kernel_times
 
-_MIN_RUNS, _MAX_RUNS = 10, 300
-# A low quantile: whatever else the machine does only ever makes a kernel slower.
-_QUANTILE = 0.1
 _CHANGES = {"QuantizeLinear", "DequantizeLinear", "Transpose", "ReorderInput", "ReorderOutput"}
 _WEIGHTED = {"Conv", "Gemm", "MatMul", "ConvTranspose"}
-_OPTIMIZER_MARKS = re.compile(r"(_token_\d+|_nchwc|/duplicated\S*)+$")
 
 
 @dataclass(frozen=True)
@@ -96,54 +86,18 @@ def operator_times(fp32: Path, int8: Path, *, threads: int, input_npy: Path | No
 
 
 def _kernels(path: Path, *, threads: int, input_npy: Path | None, seconds: float) -> list[KernelTime]:
-    """Every kernel of one file with its time, in the order in which they run."""
-    with tempfile.TemporaryDirectory(prefix="edgecompress-") as folder:
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.log_severity_level = 3
-        options.enable_profiling = True
-        options.profile_file_prefix = str(Path(folder) / "profile")
-        try:
-            session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-            feed = {session.get_inputs()[0].name: _image(session.get_inputs()[0], input_npy)}
-            deadline = time.monotonic() + seconds
-            for count in range(_MAX_RUNS):
-                session.run(None, feed)
-                if count >= _MIN_RUNS and time.monotonic() > deadline:
-                    break
-            events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
-        except Exception as error:  # the binding raises a type of its own per status code, with no common base
-            raise ProfileError(f"{path}: ONNX Runtime {ort.__version__} does not profile it: {error}") from error
+    """Every kernel of one file with its time, in the order in which they run.
+
+    A low quantile of the times: whatever else the machine does only ever makes a kernel slower.
+    """
+    providers = ["CPUExecutionProvider"]
+    times = kernel_times(path, threads=threads, providers=providers, input_npy=input_npy, seconds=seconds)
     segment_of = _segments_by_name(onnx.load(str(path)).graph)
-    durations: dict[tuple[str, str], list[float]] = defaultdict(list)
-    facts: dict[tuple[str, str], tuple[int, int]] = {}
-    segment = 0
-    for event in events:
-        name = str(event.get("name", ""))
-        if event.get("cat") != "Node" or not name.endswith("_kernel_time"):
-            continue
-        name, operator = name.removesuffix("_kernel_time"), str(event["args"].get("op_name", ""))
-        segment = segment_of.get(_OPTIMIZER_MARKS.sub("", name), segment)
-        durations[name, operator].append(float(event["dur"]))
-        facts.setdefault((name, operator), (segment, _elements(event["args"].get("output_type_shape"))))
-    return [
-        KernelTime(key[1], facts[key][0], float(np.quantile(times, _QUANTILE)) / 1e3, facts[key][1])
-        for key, times in durations.items()
-    ]
-
-
-def _image(node: ort.NodeArg, input_npy: Path | None) -> np.ndarray[Any, Any]:
-    if input_npy is not None:
-        return np.array(np.load(input_npy, mmap_mode="r", allow_pickle=False)[:1])
-    shape = [1, *(int(size) for size in node.shape[1:])]
-    return np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
-
-
-def _elements(shapes: Any) -> int:
-    """Elements of the first output, from the profile's own notation: [{"float": [1, 16, 8, 8]}]."""
-    first: Any = next(iter(shapes or []), {})
-    dims: list[Any] = next(iter(first.values()), []) if isinstance(first, dict) else []
-    return int(np.prod([int(size) for size in dims])) if dims else 0
+    found, segment = [], 0
+    for kernel in times.kernels:
+        segment = segment_of.get(kernel.name or "", segment)
+        found.append(KernelTime(kernel.operator, segment, kernel.ms_low, kernel.elements))
+    return found
 
 
 def _is_weighted(node: onnx.NodeProto, constants: set[str]) -> bool:

@@ -9,7 +9,7 @@ from onnx import helper
 
 from edgecompress.errors import ProfileError
 from edgecompress.integer_graph import inspect_integer_graph
-from onnx_models import _constant, quantized, residual_net, residual_net_macs, save
+from onnx_models import SIZE, _constant, quantized, residual_net, residual_net_macs, save
 
 
 # 5 channels fill no vector, so the layout pass pads them: the padding must not count as work.
@@ -83,3 +83,32 @@ def test_files_that_are_no_model_are_refused(tmp_path: Path) -> None:
         inspect_integer_graph(broken)
     with pytest.raises(ProfileError, match="no such file"):
         inspect_integer_graph(tmp_path / "absent.onnx")
+
+
+def test_every_float_island_says_why(tmp_path: Path) -> None:
+    source = residual_net(tmp_path / "net.onnx", 16, 32)
+    (whole,) = inspect_integer_graph(source).float_islands
+    assert whole["reason"] == "nothing in this file is rounded to integers"
+    left = inspect_integer_graph(quantized(source, tmp_path / "int8.onnx", exclude=["head"], size=32)).float_islands
+    (head,) = [island for island in left if island["macs_share"] > 0]
+    assert head["reason"] == "the file leaves Gemm in float: no rounding stands around it"
+
+
+def test_an_operator_without_an_integer_kernel_is_named(tmp_path: Path) -> None:
+    nodes = [
+        helper.make_node("Conv", ["input", "w"], ["a"], name="a", kernel_shape=[3, 3]),
+        helper.make_node("Softplus", ["a"], ["b"], name="b"),
+        helper.make_node("Conv", ["b", "v"], ["logits"], name="c", kernel_shape=[3, 3]),
+    ]
+    weights = [_constant("w", 4, 3, 3, 3), _constant("v", 4, 4, 3, 3)]
+    source = save(tmp_path / "net.onnx", nodes, weights, ["N", 3, SIZE, SIZE])
+    islands = inspect_integer_graph(quantized(source, tmp_path / "int8.onnx")).float_islands
+    assert [island["reason"] for island in islands] == ["the CPU provider has no integer kernel for Softplus"]
+
+
+def test_free_axes_can_be_given_a_size(tmp_path: Path) -> None:
+    nodes = [helper.make_node("Conv", ["input", "w"], ["logits"], kernel_shape=[3, 3])]
+    path = save(tmp_path / "net.onnx", nodes, [_constant("w", 4, 3, 3, 3)], ["N", 3, "H", "W"])
+    assert inspect_integer_graph(path, shapes={"input": [1, 3, 6, 5]}).macs == 4 * 3 * 4 * 3 * 9
+    with pytest.raises(ProfileError, match="does not fit"):
+        inspect_integer_graph(path, shapes={"input": [1, 4, 6, 5]})

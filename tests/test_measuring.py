@@ -10,15 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
+import onnxruntime as ort
 import pytest
+from onnx import TensorProto, helper
 
 from edgecompress import measuring
 from edgecompress.answers import Answers
 from edgecompress.errors import ProfileError
 from edgecompress.machine import usable_cpus
-from edgecompress.measuring import LatencyMeasurement, measure_fresh, measure_latency
+from edgecompress.measuring import LatencyMeasurement, measure_arena, measure_fresh, measure_latency
 from edgecompress.target import Target
-from onnx_models import SIZE, residual_net
+from onnx_models import SIZE, residual_net, save
 
 CPU = ("CPUExecutionProvider",)
 
@@ -199,6 +202,8 @@ made = {}
 class Session:
     def __init__(self, path, options, *, providers, provider_options):
         made.update(providers=providers, provider_options=provider_options)
+    def get_providers(self):
+        return made["providers"]
 worker.ort.InferenceSession = Session
 worker._session("net.onnx", settings)
 print(json.dumps({
@@ -268,3 +273,70 @@ def test_cold_start_is_load_and_first_inference_of_the_same_process(
     fresh = measure_fresh(residual_net(tmp_path / "net.onnx"), threads=1, providers=CPU, input_npy=None)
     assert (fresh.load_ms, fresh.first_inference_ms) == (5.0, 5.0)
     assert (fresh.cold_start_ms, fresh.cold_start_ms_range) == (11.0, (10.0, 21.0))
+
+
+def test_one_file_is_measured_in_several_ways_side_by_side(tmp_path: Path) -> None:
+    path = residual_net(tmp_path / "net.onnx", 32, 32)
+    settings = {"one": {"batch": 1}, "eight": {"batch": 8}}
+    how: dict[str, Any] = {"threads": 1, "providers": CPU, "input_npy": None, "seconds": 0.3}
+    measured = measure_latency(dict.fromkeys(settings, path), **how, settings=settings, processes=2)
+    assert measured.ratio("eight", "one").ratio > 3  # eight images, less what one inference costs by itself
+    given = tmp_path / "three.npy"
+    np.save(given, np.zeros((3, 3, 32, 32), np.float32))  # fewer than a batch: they are used again
+    with_images = {**how, "input_npy": given, "settings": settings, "processes": 1}
+    again = measure_latency(dict.fromkeys(settings, path), **with_images)
+    assert again.ratio("eight", "one").ratio > 3
+
+
+def test_several_inputs_of_several_types_are_made_up(tmp_path: Path) -> None:
+    kinds = {"a": TensorProto.FLOAT, "b": TensorProto.INT64, "c": TensorProto.UINT8, "d": TensorProto.BOOL}
+    nodes = [
+        *(helper.make_node("Cast", [name], [f"{name}_float"], to=TensorProto.FLOAT) for name in kinds),
+        helper.make_node("Sum", [f"{name}_float" for name in kinds], ["y"]),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "several",
+        [helper.make_tensor_value_info(name, kind, ["N", 4]) for name, kind in kinds.items()],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["N", 4])],
+    )
+    path = tmp_path / "several.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8), path)
+    how: dict[str, Any] = {"threads": 1, "providers": CPU, "input_npy": None}
+    assert measure_fresh(path, **how, processes=1).load_ms > 0
+    with pytest.raises(ProfileError, match=r"input 'a'.*does not fit"):
+        measure_fresh(path, **how, processes=1, shapes={"a": [2, 5]})
+
+
+def test_free_axes_need_a_size(tmp_path: Path) -> None:
+    nodes = [helper.make_node("Relu", ["input"], ["logits"])]
+    path = save(tmp_path / "free.onnx", nodes, [], ["N", 3, "H", "W"])
+    how: dict[str, Any] = {"threads": 1, "providers": CPU, "input_npy": None, "processes": 1}
+    with pytest.raises(ProfileError, match="free axes"):
+        measure_fresh(path, **how)
+    assert measure_fresh(path, **how, shapes={"input": [1, 3, 8, 8]}).load_ms > 0
+
+
+def test_a_provider_that_is_dropped_in_silence_is_an_error(tmp_path: Path) -> None:
+    how: dict[str, Any] = {"threads": 1, "providers": ("XnnpackExecutionProvider", *CPU), "input_npy": None}
+    if "XnnpackExecutionProvider" in ort.get_available_providers():
+        pytest.skip("this build has it")
+    with pytest.raises(ProfileError, match="could not load XnnpackExecutionProvider"):
+        measure_fresh(residual_net(tmp_path / "net.onnx"), **how)
+
+
+def test_the_arena_grows_with_what_the_network_writes(tmp_path: Path) -> None:
+    how: dict[str, Any] = {"threads": 1, "providers": CPU, "input_npy": None}
+    small = measure_arena(residual_net(tmp_path / "small.onnx", 8, 32), **how)
+    large = measure_arena(residual_net(tmp_path / "large.onnx", 256, 128), **how)
+    assert small is not None
+    assert large is not None
+    written = 256 * 128 * 128 * 4  # one activation of the large net, in float
+    assert small < written < large < 8 * written
+    assert measure_arena(tmp_path / "large.onnx", **how, session={"arena": False}) is None
+
+
+def test_many_models_take_turns_in_few_orders() -> None:
+    orders = measuring._orders([str(number) for number in range(9)])
+    assert len(orders) == 18
+    assert {order[0] for order in orders} == {order[-1] for order in orders} == {str(n) for n in range(9)}
