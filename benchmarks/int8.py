@@ -7,11 +7,13 @@ Rows: ours with every effort of the recipe; onnxruntime's `quantize_static` (uin
 channel, QDQ, after `quant_pre_process`) with MinMax, Percentile and Entropy, and with reduce_range where the CPU has no
 VNNI; NNCF with fast and with full bias correction, where it is installed (`pip install nncf`). Columns: top-1,
 agreement with fp32, SQNR of the logits, agreement and SQNR on images of another source (--other-data), latency on
-one and two threads against fp32 (medians; ratio with its 95 % interval, interleaved in fresh processes), seconds and
-peak memory of making the file. ORT's Percentile and Entropy keep every activation: they get --peer-samples images.
+one and two threads against fp32 (medians; ratio with its 95 % interval, interleaved in fresh processes), seconds (of
+the clock, and of the CPU, which a busy machine changes less) and peak memory of making the file. ORT's Percentile and
+Entropy keep every activation: they get --peer-samples images.
 Below the table: the two ceilings (8-bit activations alone, 8-bit weights alone, ranges and rounding of the first of
 our rows), the share of the gap to the first that ours closes over the best peer, and PyTorch int8 against ONNX int8.
---model and --checkpoint can be repeated, in pairs. --only takes parts of row names.
+--model and --checkpoint can be repeated, in pairs. --only takes parts of row names. With --keep a benchmark that was
+stopped goes on where it was: delete a file to make its row again.
 """
 
 from __future__ import annotations
@@ -39,10 +41,11 @@ from edgecompress.images import SPLIT_NAMES
 from edgecompress.integer_graph import inspect_integer_graph
 from edgecompress.machine import describe_machine, has_vnni, summarize_machine, versions
 from edgecompress.measuring import measure_latency
+from edgecompress.model_settings import ModelSettings
 from edgecompress.models import create_model
 from edgecompress.parity import Logits, sqnr_db, top1_agreement
 from edgecompress.preprocessing import Preprocessing
-from edgecompress.recipe import DataSettings, ModelSettings, QuantizeStage
+from edgecompress.recipe import DataSettings, QuantizeStage
 from edgecompress.target import load_target
 
 _METHODS = Path(__file__).with_name("int8_methods.py")
@@ -149,6 +152,9 @@ class _Bench:
         self.rows: list[dict[str, Any]] = [
             {"name": "fp32", "accuracy": self._accuracy(self.reference), "size_bytes": self.fp32.stat().st_size}
         ]
+        # What a kept row was made from and judged on, its method aside.
+        names = ("data", "class_index", "other_data", "other_images", "samples", "images", "target")
+        self.question = {key: getattr(arguments, key) for key in names} | {"model": name, "checkpoint": checkpoint}
         self.skipped: dict[str, str] = {}
         self.ceilings: dict[str, Any] = {}
 
@@ -167,6 +173,14 @@ class _Bench:
         """Make and evaluate one row; a method that fails is named with its reason and left out."""
         path = self.folder / f"{name.replace(' ', '_').replace(',', '')}.onnx"
         first_of_ours = method["family"] == "ours" and not self.ceilings
+        kept, wanted = path.with_suffix(".json"), json.loads(json.dumps({**self.question, **method}, default=str))
+        if kept.is_file() and path.is_file():
+            found = json.loads(kept.read_text(encoding="utf-8"))
+            if found["question"] == wanted and (found["ceilings"] or not first_of_ours):
+                self.ceilings = self.ceilings or found["ceilings"]
+                self.files[name] = path
+                self.rows.append(found["row"])
+                return
         request = {**self.request, **method, "fp32": str(self.fp32), "output": str(path), "ceilings": first_of_ours}
         if method["family"] == "nncf" and importlib.util.find_spec("nncf") is None:
             self.skipped[name] = "nncf is not installed (pip install nncf)"
@@ -203,6 +217,8 @@ class _Bench:
             self.ceilings = {kind: {**self._compared(torch_logits[kind]), "ranges_of": name} for kind in kinds}
         self.files[name] = path
         self.rows.append(row)
+        answer = {"question": wanted, "row": row, "ceilings": self.ceilings if first_of_ours else {}}
+        kept.write_text(json.dumps(answer, default=str), encoding="utf-8")
 
     def _compared(self, logits: Logits) -> dict[str, float]:
         return {"agreement": top1_agreement(self.reference, logits), "sqnr_db": sqnr_db(self.reference, logits)}
@@ -270,7 +286,7 @@ def show(console: Console, bench: _Bench, threads: list[int]) -> None:
     columns = ["", "images", "top-1", "agreement", "SQNR", "other: agreement", "SQNR"]
     for count in threads:
         columns += [f"{count} thread(s), ms", "fp32 / this"]
-    for column in (*columns, "int8 MACs", "made in", "peak memory"):
+    for column in (*columns, "int8 MACs", "made in", "of CPU", "peak memory"):
         table.add_column(column, justify="left" if column == "" else "right")
     for row in bench.rows:
         latencies = [text for count in threads for text in _latency(row.get(f"latency_{count}"))]
@@ -285,7 +301,7 @@ def show(console: Console, bench: _Bench, threads: list[int]) -> None:
             _decibel(row.get("other_sqnr_db")),
             *latencies,
             _percent(row.get("int8_mac_coverage")),
-            f"{row['seconds']:.1f} s" if "seconds" in row else "-",
+            *(f"{row[key]:.1f} s" if key in row else "-" for key in ("seconds", "cpu_seconds")),
             f"{peak / 1e9:.2f} GB" if peak else "-",
         )
     console.print(table)
@@ -335,7 +351,7 @@ def main() -> None:
     parser.add_argument("--target", default="x86")
     parser.add_argument("--only", nargs="+", metavar="PART", help="only rows whose name holds one of these")
     parser.add_argument("--json", type=Path, help="also write every number here")
-    parser.add_argument("--keep", type=Path, help="keep the files in this folder")
+    parser.add_argument("--keep", type=Path, help="keep the files and rows here, and use those that are")
     arguments = parser.parse_args()
     if arguments.checkpoint and len(arguments.checkpoint) != len(arguments.model):
         parser.error("give one --checkpoint for each --model, or none (random weights: only latency means anything)")

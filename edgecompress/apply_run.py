@@ -25,6 +25,7 @@ from edgecompress.int8.scheme import Scheme, resolve_scheme
 from edgecompress.machine import describe_machine, own_target, versions
 from edgecompress.models import CreatedModel, create_model
 from edgecompress.placement_run import Placed, held_out, limits_of, place, with_float_layers
+from edgecompress.prune import copy_of
 from edgecompress.prune_stages import prune_stage
 from edgecompress.recipe import DistillStage, PruneStage, QatStage, QuantizeStage, Recipe, TrainingSettings, TrainStage
 from edgecompress.run_directory import SCHEMA_VERSION, Json, RunDirectory, write_json
@@ -185,7 +186,8 @@ def _evaluate(
 ) -> Json:
     preprocessing = checkpoint.architecture.preprocessing
     split = splits.get(data.report_split, preprocessing)
-    module = checkpoint.module.to(memory_format=torch.channels_last)
+    # A copy, since a layout stays: a later stage would compute other last bits than one that goes on from disk.
+    module = copy_of(checkpoint.module).to(memory_format=torch.channels_last)
     logits = collect_logits(module, split, preprocessing, description=f"evaluating {stage_id}")
     save_logits(run, stage_id, logits)
     cost = cost_entry(run, checkpoint, stage_id, example_input(checkpoint.architecture))

@@ -22,6 +22,7 @@ from edgecompress.errors import ExportError
 from edgecompress.node_names import name_nodes
 from edgecompress.onnx_rewrite import rewrite
 from edgecompress.preprocessing import Preprocessing
+from edgecompress.preprocessing_graph import describe_signature
 from edgecompress.run_directory import atomic_path
 from edgecompress.target import Target
 
@@ -116,6 +117,10 @@ def _tidy(model: onnx.ModelProto, target: Target) -> None:
         element.doc_string = ""
     for tensor in model.graph.initializer:
         del tensor.metadata_props[:]
+    for value in [*model.graph.input, *model.graph.output]:
+        for dim in value.type.tensor_type.shape.dim:
+            if dim.dim_param:  # torch.export's own name for it, such as s77
+                dim.dim_param = "batch"
     # The runtime infers the inner shapes again; they would only add bytes.
     del model.graph.value_info[:]
 
@@ -132,6 +137,7 @@ def _write_metadata(
         **extra,
     }
     onnx.helper.set_model_props(model, {f"edgecompress.{key}": value for key, value in entries.items()})
+    describe_signature(model)
 
 
 def check_file(path: Path) -> None:

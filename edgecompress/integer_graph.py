@@ -12,6 +12,7 @@ belong to no standard) but read off one run with every tensor exposed.
 
 from __future__ import annotations
 
+import json
 import math
 import tempfile
 from collections import Counter
@@ -26,6 +27,8 @@ import onnxruntime as ort
 
 from edgecompress.errors import ProfileError
 from edgecompress.measure_worker import DTYPES, input_shape
+from edgecompress.preprocessing import Preprocessing
+from edgecompress.preprocessing_graph import PIXEL_FORM, PREFIX
 
 # Position of the weights among the inputs, for each operator that multiplies and accumulates.
 _CONVOLUTIONS = {"Conv": 1, "FusedConv": 1, "NhwcFusedConv": 1, "NhwcConv": 1, "ConvInteger": 1, "QLinearConv": 3}
@@ -105,8 +108,9 @@ def inspect_integer_graph(
 ) -> IntegerGraph:
     """Optimize a model as the CPU provider would, and count what it runs. Raises ProfileError.
 
-    The inputs' axes beside the batch must be fixed, or given a size by `shapes` [input]. The result holds for the kind
-    of CPU at hand: fusions are the same on every CPU, layouts are not.
+    The inputs' axes beside the batch must be fixed, or given a size by `shapes` [input], but for a file of ours with
+    its preprocessing inside. The result holds for the kind of CPU at hand: fusions are the same on every CPU, layouts
+    are not.
     """
     if not model.is_file():
         raise ProfileError(f"{model}: no such file; export the model first")
@@ -175,7 +179,9 @@ def _tensors(
     options = _options(ort.GraphOptimizationLevel.ORT_DISABLE_ALL, threads)
     try:
         session = ort.InferenceSession(exposed.SerializeToString(), options, providers=["CPUExecutionProvider"])
-        feeds = {node.name: _blank(node, source, shapes) for node in session.get_inputs()}
+        given = {name: list(sizes) for name, sizes in shapes.items()}
+        side = input_side(fused)
+        feeds = {node.name: _blank(node, source, given, side) for node in session.get_inputs()}
         values = session.run(None, feeds)
     except ProfileError:
         raise
@@ -194,11 +200,21 @@ def _tensors(
     return tensors
 
 
-def _blank(node: ort.NodeArg, source: Path, shapes: Mapping[str, Sequence[int]]) -> np.ndarray[Any, Any]:
+def input_side(model: onnx.ModelProto) -> int | None:
+    """The side in pixels that a file with preprocessing inside resizes its images to, from its metadata."""
+    facts = {entry.key: entry.value for entry in model.metadata_props}
+    if facts.get("edgecompress.input_form") != PIXEL_FORM or "edgecompress.preprocessing" not in facts:
+        return None
+    return Preprocessing.from_dict(json.loads(facts["edgecompress.preprocessing"])).input_size
+
+
+def _blank(node: ort.NodeArg, source: Path, given: dict[str, list[int]], side: int | None) -> np.ndarray[Any, Any]:
     if node.type not in DTYPES:
         raise ProfileError(f"{source}: input '{node.name}' is {node.type}; known are {', '.join(DTYPES)}")
+    free = [axis for axis, size in enumerate(node.shape) if not isinstance(size, int)]
+    if side is not None and free == [0, 1, 2] and node.name not in given:
+        given = {node.name: [1, side, side, node.shape[3]]}
     try:
-        given = {name: list(sizes) for name, sizes in shapes.items()}
         return np.zeros(input_shape(node.name, node.shape, batch=1, given=given), dtype=DTYPES[node.type])
     except ValueError as error:
         raise ProfileError(f"{source}: {error}: export with a size") from error
@@ -227,7 +243,7 @@ def _macs(node: onnx.NodeProto, tensors: dict[str, _Tensor]) -> int:
 def _float_islands(
     nodes: Sequence[onnx.NodeProto], macs: Sequence[int], tensors: dict[str, _Tensor]
 ) -> list[dict[str, Any]]:
-    """Connected groups of operators that compute in float, heaviest first."""
+    """Connected groups of operators that compute in float, heaviest first; preprocessing is not the model's."""
     members = [index for index, node in enumerate(nodes) if _handles_floats(node, tensors)]
     parent = {index: index for index in members}
 
@@ -278,6 +294,6 @@ def _why_in_float(group: Sequence[onnx.NodeProto], rounded: set[str], is_quantiz
 
 
 def _handles_floats(node: onnx.NodeProto, tensors: dict[str, _Tensor]) -> bool:
-    if node.op_type in _BOUNDARIES or _is_integer(node):
+    if node.op_type in _BOUNDARIES or _is_integer(node) or node.name.startswith(PREFIX):
         return False
     return any(name in tensors and tensors[name].is_float for name in node.output)

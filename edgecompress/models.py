@@ -19,9 +19,9 @@ from torch import nn
 from edgecompress import console
 from edgecompress.data import ImageData
 from edgecompress.errors import ModelError
+from edgecompress.model_settings import ModelSettings
 from edgecompress.nets import SMALL_NETS
 from edgecompress.preprocessing import Preprocessing
-from edgecompress.recipe import ModelSettings
 from edgecompress.user_code import call_function, is_user_code
 from edgecompress.weights import head_classes, load_checkpoint, one_line
 from edgecompress.zoo import TIMM, TORCHVISION, check_name, timm_defaults, torchvision_defaults, torchvision_weights

@@ -14,12 +14,12 @@ from torch import Tensor
 from edgecompress.checkpoint import Checkpoint, example_input
 from edgecompress.complexity import Complexity, measure_complexity
 from edgecompress.data import PreparedSplit
-from edgecompress.distill import LossFunction, label_loss
 from edgecompress.errors import PruningError
 from edgecompress.preprocessing import Preprocessing
 from edgecompress.prune import ChannelPruner, WeightMasks, copy_of, reestimate_batch_norm
 from edgecompress.recipe import PruneStage
-from edgecompress.stages import StageContext, StageOutcome, fit_stage, teacher_loss, teacher_name
+from edgecompress.stages import StageContext, StageOutcome, fit_stage, stage_loss
+from edgecompress.teaching import describe_teaching
 
 # Batches of training images that score channels (taylor) and re-estimate batch norm. Enough for a mean to settle.
 _STATISTICS_BATCHES = 16
@@ -48,7 +48,7 @@ def prune_channels_stage(stage: PruneStage, current: Checkpoint, context: StageC
         scoring_batches=list(_statistics_batches(train, stage, architecture.preprocessing, context.recipe.seed)),
     )
     pristine = Checkpoint(module, architecture, current.history)
-    loss = _finetuning_loss(stage, pristine, context)
+    loss = stage_loss(stage, stage.teacher, pristine, context)
     spent = 0
     for step in range(1, stage.steps + 1):
         pruner.step()
@@ -66,7 +66,7 @@ def prune_channels_stage(stage: PruneStage, current: Checkpoint, context: StageC
     summary = (
         f"removed {1 - after.macs / before.macs:.1%} of the MACs and {1 - after.params / before.params:.1%} of the "
         f"parameters in {stage.steps} step(s), channels rounded to {multiple}; finetuned {spent} epochs"
-        f"{' with ' + teacher_name(stage.teacher) if stage.teacher else ''}"
+        f"{' with ' + describe_teaching(stage.teacher, loss, spent) if stage.teacher else ''}"
     )
     return StageOutcome(Checkpoint(module, architecture, history), spent, summary)
 
@@ -75,7 +75,7 @@ def prune_weights_stage(stage: PruneStage, current: Checkpoint, context: StageCo
     """Zero the smallest weights in steps, finetuning with the zeros held after each."""
     checkpoint = Checkpoint(copy_of(current.module), current.architecture, current.history)
     masks = WeightMasks(checkpoint.module, stage=stage)
-    loss = _finetuning_loss(stage, checkpoint, context)
+    loss = stage_loss(stage, stage.teacher, checkpoint, context)
     spent = 0
     for step in range(1, stage.steps + 1):
         masks.step(step)
@@ -88,15 +88,10 @@ def prune_weights_stage(stage: PruneStage, current: Checkpoint, context: StageCo
         spent += epochs
     summary = (
         f"zeroed {masks.sparsity:.1%} of the weights ({stage.scope} L1 magnitude, {stage.steps} step(s)), "
-        f"finetuned {spent} epochs; ONNX Runtime's CPU kernels gain no speed from it, compressed files shrink"
+        f"finetuned {spent} epochs{' with ' + describe_teaching(stage.teacher, loss, spent) if stage.teacher else ''}; "
+        "ONNX Runtime's CPU kernels gain no speed from it, compressed files shrink"
     )
     return StageOutcome(checkpoint, spent, summary)
-
-
-def _finetuning_loss(stage: PruneStage, student: Checkpoint, context: StageContext) -> LossFunction:
-    if stage.teacher is None:
-        return label_loss(stage.label_smoothing)
-    return teacher_loss(stage.teacher, stage.label_smoothing, student, context)
 
 
 def _statistics_batches(

@@ -24,44 +24,14 @@ from edgecompress.configuration import (
     validate,
 )
 from edgecompress.errors import ConfigurationError
+from edgecompress.model_settings import Identifier, ModelSettings
 from edgecompress.shipped import shipped_files, shipped_path
+from edgecompress.teacher_settings import TeacherSettings
 
-Identifier = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]{0,63}$")]
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
-Channels = Annotated[tuple[float, ...], Field(min_length=1, max_length=16)]
-Interpolation = Literal["nearest", "bilinear", "bicubic"]
 
 INITIAL_ID = "initial"  # the folder of the model as the recipe gives it
 DEFAULT_QUANTIZE_ID = "int8"  # the quantize stage of a recipe that names none
-
-
-class PreprocessingSettings(FrozenSettings):
-    """Overrides of what the model's own configuration says; anything left out comes from the model."""
-
-    input_size: Annotated[int, Field(ge=4, le=4096)] | None = None
-    mean: Channels | None = None
-    std: Channels | None = None
-    interpolation: Interpolation | None = None
-    crop_fraction: Annotated[float, Field(gt=0, le=1)] | None = Field(
-        default=None, description="share of the resized image that the centre crop keeps; 1 means no crop"
-    )
-
-
-class ModelSettings(FrozenSettings):
-    """Which architecture, with which weights."""
-
-    name: Annotated[str, Field(min_length=1)]
-    arguments: dict[str, Any] = Field(default_factory=dict, description="passed to the model's constructor")
-    checkpoint: Path | None = None
-    pretrained: bool = False
-    num_classes: PositiveInt | None = None
-    preprocessing: PreprocessingSettings = PreprocessingSettings()
-
-    @model_validator(mode="after")
-    def _one_source_of_weights(self) -> ModelSettings:
-        if self.checkpoint is not None and self.pretrained:
-            raise ValueError("checkpoint and pretrained are both given; keep one")
-        return self
 
 
 class DataSettings(FrozenSettings):
@@ -75,21 +45,6 @@ class DataSettings(FrozenSettings):
     test_fraction: Fraction = Field(default=0.2, description="only for sources without a test split of their own")
     split_seed: Seed = 0
     max_train_samples: PositiveInt | None = Field(default=None, description="a seeded, class-balanced subset")
-
-
-class TeacherSettings(FrozenSettings):
-    """The teacher of a distilled stage: an earlier stage of the recipe, or a model with weights of its own."""
-
-    stage: Identifier | None = None
-    model: ModelSettings | None = None
-    temperature: Annotated[float, Field(gt=0)] = 4.0
-    alpha: ClosedFraction = Field(default=0.7, description="weight of the teacher's term; 1 - alpha is the labels'")
-
-    @model_validator(mode="after")
-    def _one_teacher(self) -> TeacherSettings:
-        if (self.stage is None) == (self.model is None):
-            raise ValueError("give either stage (an earlier stage's id) or model (name and checkpoint)")
-        return self
 
 
 class AugmentSettings(FrozenSettings):
@@ -168,12 +123,22 @@ class TrainStage(TrainingSettings):
 
 
 class DistillStage(TrainingSettings):
-    """Train a student, `model`, to match a teacher's logits (Hinton et al., 2015)."""
+    """Train a student, `model`, with a teacher. `method` may stand here or, as in every other stage, in `teacher`."""
 
     kind: Literal["distill"]
     id: Identifier
     model: ModelSettings | None = Field(default=None, description="the student; left out, the current model")
     teacher: TeacherSettings
+
+    @model_validator(mode="before")
+    @classmethod
+    def _method_belongs_to_the_teacher(cls, document: Any) -> Any:
+        if not isinstance(document, dict) or not isinstance(document.get("teacher"), dict) or "method" not in document:
+            return document
+        teacher, rest = document["teacher"], {key: value for key, value in document.items() if key != "method"}
+        if teacher.get("method", document["method"]) != document["method"]:
+            raise ValueError(f"method is {document['method']} and teacher.method is {teacher['method']}; keep one")
+        return {**rest, "teacher": {**teacher, "method": document["method"]}}
 
 
 class PruneStage(TrainingSettings):
@@ -314,9 +279,8 @@ class Recipe(FrozenSettings):
             if stage.id == DEFAULT_QUANTIZE_ID and not isinstance(stage, QuantizeStage):
                 faults.append(f"stages.{stage.id}: this id is kept for the quantize stage; choose another")
             teacher = getattr(stage, "teacher", None)
-            if teacher is not None and teacher.stage is not None and teacher.stage not in seen:
-                hint = did_you_mean(teacher.stage, seen) if seen else "; there is no earlier stage"
-                faults.append(f"stages.{stage.id}.teacher.stage: '{teacher.stage}' is no earlier stage{hint}")
+            if isinstance(stage, TrainingSettings) and teacher is not None:
+                faults += [f"stages.{stage.id}.teacher{fault}" for fault in _teacher_faults(stage, teacher, seen)]
             if isinstance(stage, QuantizeStage) and index != len(self.stages) - 1:
                 faults.append(f"stages.{stage.id}: {stage.kind} must be the last stage; move it to the end")
             seen.append(stage.id)
@@ -336,6 +300,21 @@ class Recipe(FrozenSettings):
         given = self.model.checkpoint is not None or self.model.pretrained
         trained = (stage for stage in self.stages if not isinstance(stage, QuantizeStage))
         return given or any(isinstance(stage, TrainingSettings) for stage in trained)
+
+
+def _teacher_faults(stage: TrainingSettings, teacher: TeacherSettings, earlier: Sequence[str]) -> list[str]:
+    """What is wrong with a stage's teacher, each as `.field: what and how to mend it`."""
+    faults = []
+    for index, source in enumerate(teacher.sources):
+        if source.stage is not None and source.stage not in earlier:
+            place = f".ensemble.{index}.stage" if teacher.ensemble else ".stage"
+            hint = did_you_mean(source.stage, earlier) if earlier else "; there is no earlier stage"
+            faults.append(f"{place}: '{source.stage}' is no earlier stage{hint}")
+    if isinstance(stage, QatStage) and teacher.method == "feature":
+        faults.append(".method: an int8 graph has lost the modules that feature reads; use kd, dkd or relation")
+    if stage.augment.mixes and teacher.view == "clean":
+        faults.append(".view: mixed images have no clean view of their own; use view: augmented, or do not mix")
+    return faults
 
 
 def load_recipe(source: str, overrides: Sequence[str] = ()) -> Recipe:

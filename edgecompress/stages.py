@@ -14,9 +14,9 @@ import torch
 from torch.nn import functional
 
 from edgecompress import console
-from edgecompress.checkpoint import Checkpoint
+from edgecompress.checkpoint import Checkpoint, example_input
 from edgecompress.data import ImageData, PreparedSplit
-from edgecompress.distill import LossFunction, TeacherView, distillation_loss, label_loss
+from edgecompress.distill import TrainingLoss, label_loss
 from edgecompress.evaluate import accuracy, collect_logits
 from edgecompress.int8.qat import TrainableInt8
 from edgecompress.int8.quantized_model import QuantizedModel
@@ -27,16 +27,17 @@ from edgecompress.recipe import (
     DistillStage,
     QatStage,
     Recipe,
-    TeacherSettings,
     TrainingSettings,
     TrainStage,
 )
+from edgecompress.teacher_settings import TeacherSettings
+from edgecompress.teaching import describe_teaching, open_teachers, teaching_loss
 from edgecompress.training import EpochRecord, FitResult, fit
 from edgecompress.training_state import Progress
 
 # Quantization-aware training against the float model itself: its probabilities as they are, and no labels, which it
 # has already learned from.
-_SELF_TEMPERATURE, _SELF_ALPHA = 1.0, 1.0
+_ITSELF = TeacherSettings(stage="itself", temperature=1.0, alpha=1.0)
 
 
 class PreparedSplits:
@@ -114,13 +115,14 @@ def distill_stage(stage: DistillStage, current: Checkpoint, context: StageContex
         checkpoint = Checkpoint(created.module, created.architecture)
     else:
         checkpoint = Checkpoint(copy_of(current.module), current.architecture, current.history)
-    loss = teacher_loss(stage.teacher, stage.label_smoothing, checkpoint, context)
+    loss = stage_loss(stage, stage.teacher, checkpoint, context)
     result = fit_stage(stage, checkpoint, context, loss=loss)
     name = checkpoint.architecture.name
     return StageOutcome(
         checkpoint,
         stage.epochs,
-        f"distilled {name} for {stage.epochs} epochs from {teacher_name(stage.teacher)}{_precision(result)}",
+        f"distilled {name} for {stage.epochs} epochs{_precision(result)} from "
+        + describe_teaching(stage.teacher, loss, stage.epochs),
     )
 
 
@@ -132,29 +134,29 @@ def qat_stage(stage: QatStage, model: QuantizedModel, source: Checkpoint, contex
     """
     preprocessing = source.architecture.preprocessing
     trainable = TrainableInt8(model)
-    if stage.teacher is not None:
-        loss = teacher_loss(stage.teacher, stage.label_smoothing, source, context)
-        teacher = teacher_name(stage.teacher)
-    else:
-        loss = distillation_loss(copy_of(source.module), temperature=_SELF_TEMPERATURE, alpha=_SELF_ALPHA)
-        teacher = "the float model as teacher"
+    settings = stage.teacher or _ITSELF
+    teachers = open_teachers(settings, context.data, context.earlier) if stage.teacher else [source]
+    train = context.splits.get("train", preprocessing)
+    loss = teaching_loss(stage, settings, teachers, source, train=train, precision="fp32", seed=context.recipe.seed)
     val = context.splits.get("val", preprocessing)
-    fit(
-        trainable,
-        settings=stage,
-        epochs=stage.epochs,
-        loss=loss,
-        train=context.splits.get("train", preprocessing),
-        val=val,
-        preprocessing=preprocessing,
-        precision="fp32",
-        seed=context.recipe.seed * 1009,
-        description=stage.id,
-        on_epoch=partial(context.on_epoch, ""),
-        layout_of=source.module,
-        state=context.progress.phase(stage.id) if context.progress else None,
-        shared=False,  # what it starts from was calibrated, and placed by measuring, in this process alone
-    )
+    with loss.watching(trainable, example_input(source.architecture)):
+        fit(
+            trainable,
+            settings=stage,
+            epochs=stage.epochs,
+            loss=loss,
+            train=train,
+            val=val,
+            preprocessing=preprocessing,
+            precision="fp32",
+            seed=context.recipe.seed * 1009,
+            description=stage.id,
+            on_epoch=partial(context.on_epoch, ""),
+            layout_of=source.module,
+            state=context.progress.phase(stage.id) if context.progress else None,
+            shared=False,  # what it starts from was calibrated, and placed by measuring, in this process alone
+        )
+    teacher = describe_teaching(settings, loss, stage.epochs) if stage.teacher else "the float model as teacher"
     trained = trainable.quantized(f"trained for {stage.epochs} epochs with {teacher}")
     scores: list[tuple[float, float]] = []
     for candidate, name in ((model, "post-training"), (trained, "trained")):
@@ -182,7 +184,7 @@ def fit_stage(
     checkpoint: Checkpoint,
     context: StageContext,
     *,
-    loss: LossFunction,
+    loss: TrainingLoss,
     epochs: int | None = None,
     seed_offset: int = 0,
     step: str = "",
@@ -192,49 +194,42 @@ def fit_stage(
     preprocessing = checkpoint.architecture.preprocessing
     identifier = str(getattr(stage, "id", "train"))
     description = f"{identifier} {step}".strip()
-    return fit(
-        checkpoint.module,
-        settings=stage,
-        epochs=stage.epochs if epochs is None else epochs,
-        loss=loss,
-        train=context.splits.get("train", preprocessing),
-        val=context.splits.get("val", preprocessing),
-        preprocessing=preprocessing,
+    with loss.watching(checkpoint.module, example_input(checkpoint.architecture)):
+        return fit(
+            checkpoint.module,
+            settings=stage,
+            epochs=stage.epochs if epochs is None else epochs,
+            loss=loss,
+            train=context.splits.get("train", preprocessing),
+            val=context.splits.get("val", preprocessing),
+            preprocessing=preprocessing,
+            precision=context.recipe.precision,
+            seed=context.recipe.seed * 1009 + seed_offset,
+            description=description,
+            on_epoch=partial(context.on_epoch, step),
+            after_step=after,
+            state=context.progress.phase(description) if context.progress else None,
+        )
+
+
+def stage_loss(
+    stage: TrainingSettings,
+    teacher: TeacherSettings | None,
+    student: Checkpoint,
+    context: StageContext,
+) -> TrainingLoss:
+    """What a stage descends: the labels' loss, or the teacher's beside it."""
+    if teacher is None:
+        return label_loss(stage.label_smoothing)
+    return teaching_loss(
+        stage,
+        teacher,
+        open_teachers(teacher, context.data, context.earlier),
+        student,
+        train=context.splits.get("train", student.architecture.preprocessing),
         precision=context.recipe.precision,
-        seed=context.recipe.seed * 1009 + seed_offset,
-        description=description,
-        on_epoch=partial(context.on_epoch, step),
-        after_step=after,
-        state=context.progress.phase(description) if context.progress else None,
+        seed=context.recipe.seed,
     )
-
-
-def teacher_loss(
-    settings: TeacherSettings, label_smoothing: float, student: Checkpoint, context: StageContext
-) -> LossFunction:
-    """The loss of a student with this teacher; it sees the images as its own preprocessing asks for."""
-    if settings.stage is not None:
-        teacher = context.earlier(settings.stage)
-    else:
-        assert settings.model is not None
-        created = create_model(settings.model, context.data)
-        teacher = Checkpoint(created.module, created.architecture)
-        if created.weights == "random":
-            console.warn("the teacher has random weights: give teacher.model.checkpoint or pretrained: true")
-    view = TeacherView(
-        copy_of(teacher.module),
-        student=student.architecture.preprocessing,
-        teacher_preprocessing=teacher.architecture.preprocessing,
-    )
-    return distillation_loss(
-        view, temperature=settings.temperature, alpha=settings.alpha, label_smoothing=label_smoothing
-    )
-
-
-def teacher_name(settings: TeacherSettings) -> str:
-    """The teacher in words, for a stage's summary."""
-    name = f"stage {settings.stage}" if settings.stage else settings.model.name if settings.model else ""
-    return f"teacher {name} (temperature {settings.temperature:g}, alpha {settings.alpha:g})"
 
 
 def _precision(result: FitResult) -> str:

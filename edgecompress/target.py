@@ -24,8 +24,9 @@ from pydantic import (
 
 from edgecompress.configuration import ClosedFraction, FrozenSettings, read_yaml_mapping, validate
 from edgecompress.machine import RELEVANT_FEATURES
+from edgecompress.model_settings import Identifier
 from edgecompress.onnx_versions import OLDEST, OPSETS, newest_read, oldest_ir, oldest_release
-from edgecompress.recipe import Identifier, find_settings
+from edgecompress.recipe import find_settings
 
 # Session keys that matter on a CPU, for hints alone: ONNX Runtime takes any key, and ignores a misspelt one in silence.
 # Source: onnxruntime_session_options_config_keys.h of the onnxruntime repository.

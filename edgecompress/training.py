@@ -198,7 +198,8 @@ class _Fit:
                 advance(0, self._status())
             if self.workers.any(interrupt.requested):  # in the last moments: what follows must not begin
                 raise KeyboardInterrupt
-        self.module.to("cpu").eval()
+        # In the plain layout, as a stage read from disk is: the last bits of what follows depend on it.
+        self.module.to("cpu").to(memory_format=torch.contiguous_format).eval()
         return FitResult(tuple(self.records), self.best_epoch or len(self.records), self.precision)
 
     def _batches(self) -> Iterator[tuple[TrainingBatch, float]]:

@@ -18,8 +18,8 @@ import torchvision
 
 from edgecompress.configuration import nearest
 from edgecompress.errors import ModelError
+from edgecompress.model_settings import PreprocessingSettings
 from edgecompress.nets import SMALL_NETS
-from edgecompress.recipe import PreprocessingSettings
 from edgecompress.user_code import is_user_code
 
 TIMM, TORCHVISION = "timm/", "torchvision/"

@@ -1,13 +1,22 @@
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from edgecompress.distill import TeacherView, TrainingBatch, distillation_loss, label_loss, soft_target_divergence
-from edgecompress.errors import ModelError
-from edgecompress.preprocessing import Preprocessing
+from edgecompress.distill import (
+    DistillationLoss,
+    TrainingBatch,
+    decoupled_divergence,
+    label_loss,
+    relation_divergence,
+    soft_target_divergence,
+)
+from edgecompress.teacher import FrozenTeacher
+from edgecompress.teacher_settings import TeacherSettings
 
 
 def _softmax(values: np.ndarray) -> np.ndarray:
@@ -15,14 +24,20 @@ def _softmax(values: np.ndarray) -> np.ndarray:
     return exponent / exponent.sum(axis=1, keepdims=True)
 
 
+def _divergence(p: np.ndarray, q: np.ndarray) -> np.ndarray:
+    return np.sum(p * (np.log(p) - np.log(q)), axis=1)
+
+
+def _logits(seed: int, rows: int = 5, columns: int = 7) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=(rows, columns)) * 3
+
+
 def test_divergence_matches_numpy() -> None:
-    generator = np.random.default_rng(0)
-    student, teacher = generator.normal(size=(5, 7)) * 3, generator.normal(size=(5, 7)) * 3
-    temperature = 4.0
+    student, teacher, temperature = _logits(0), _logits(1), 4.0
     p, q = _softmax(teacher / temperature), _softmax(student / temperature)
-    expected = temperature**2 * float(np.mean(np.sum(p * (np.log(p) - np.log(q)), axis=1)))
+    expected = temperature**2 * float(np.mean(_divergence(p, q)))
     got = soft_target_divergence(torch.tensor(student), torch.tensor(teacher), temperature)
-    assert float(got) == pytest.approx(expected, rel=1e-5)
+    assert float(got) == pytest.approx(expected, rel=1e-9)
 
 
 def test_divergence_is_zero_for_equal_logits_up_to_a_shift() -> None:
@@ -41,61 +56,128 @@ def test_temperature_keeps_the_gradient_of_the_same_size() -> None:
     assert norms[0] == pytest.approx(norms[1], rel=0.2)
 
 
+def _decoupled_by_hand(
+    student: np.ndarray, teacher: np.ndarray, labels: np.ndarray, temperature: float, weights: tuple[float, float]
+) -> float:
+    rows = np.arange(len(labels))
+    p, q = _softmax(teacher / temperature), _softmax(student / temperature)
+    binary = [np.stack([x[rows, labels], 1 - x[rows, labels]], axis=1) for x in (p, q)]
+    rest = [np.stack([np.delete(x[i], labels[i]) / (1 - x[i, labels[i]]) for i in rows]) for x in (p, q)]
+    terms = weights[0] * _divergence(*binary) + weights[1] * _divergence(*rest)
+    return float(temperature**2 * np.mean(terms))
+
+
+@pytest.mark.parametrize("weights", [(1.0, 8.0), (1.0, 0.0), (0.0, 1.0)])
+def test_decoupled_divergence_matches_numpy(weights: tuple[float, float]) -> None:
+    student, teacher, labels = _logits(0), _logits(1), np.array([0, 6, 3, 3, 1])
+    got = decoupled_divergence(
+        torch.tensor(student),
+        torch.tensor(teacher),
+        torch.tensor(labels),
+        4.0,
+        target_weight=weights[0],
+        nontarget_weight=weights[1],
+    )
+    assert float(got) == pytest.approx(_decoupled_by_hand(student, teacher, labels, 4.0, weights), rel=1e-9)
+
+
+def test_decoupled_terms_with_the_teachers_own_weight_are_the_plain_divergence() -> None:
+    """Zhao et al., 2022, eq. 7: KL = KL(b_t || b_s) + (1 - p_target) KL(q_t || q_s)."""
+    student, teacher, labels = _logits(0, rows=1), _logits(1, rows=1), np.array([2])
+    rest = float(1 - _softmax(teacher / 2.0)[0, 2])
+    got = decoupled_divergence(
+        torch.tensor(student),
+        torch.tensor(teacher),
+        torch.tensor(labels),
+        2.0,
+        target_weight=1.0,
+        nontarget_weight=rest,
+    )
+    assert float(got) == pytest.approx(
+        float(soft_target_divergence(torch.tensor(student), torch.tensor(teacher), 2.0)), rel=1e-9
+    )
+
+
+def test_decoupled_target_of_mixed_labels_is_the_larger_share() -> None:
+    student, teacher = torch.tensor(_logits(0)), torch.tensor(_logits(1))
+    labels = torch.tensor([0, 6, 3, 3, 1])
+    shares = 0.7 * nn.functional.one_hot(labels, 7) + 0.3 * nn.functional.one_hot((labels + 1) % 7, 7)
+    weights = {"target_weight": 1.0, "nontarget_weight": 2.0}
+    hard, mixed = (decoupled_divergence(student, teacher, given, 4.0, **weights) for given in (labels, shares))
+    assert torch.equal(hard, mixed)
+
+
+def test_decoupled_divergence_is_finite_for_a_certain_teacher() -> None:
+    student = torch.zeros(1, 4, requires_grad=True)
+    teacher = torch.tensor([[200.0, 0.0, -50.0, 0.0]])
+    value = decoupled_divergence(student, teacher, torch.tensor([0]), 1.0, target_weight=1.0, nontarget_weight=8.0)
+    value.backward()
+    assert torch.isfinite(value)
+    assert student.grad is not None
+    assert torch.isfinite(student.grad).all()
+
+
+def test_relation_divergence_matches_numpy() -> None:
+    student, teacher, temperature = _logits(0), _logits(1), 3.0
+    ours, theirs = _softmax(student / temperature), _softmax(teacher / temperature)
+    rows = np.mean([1 - np.corrcoef(a, b)[0, 1] for a, b in zip(ours, theirs, strict=True)])
+    columns = np.mean([1 - np.corrcoef(a, b)[0, 1] for a, b in zip(ours.T, theirs.T, strict=True)])
+    got = relation_divergence(
+        torch.tensor(student),
+        torch.tensor(teacher),
+        temperature,
+        between_classes_weight=2.0,
+        within_classes_weight=0.5,
+    )
+    assert float(got) == pytest.approx(temperature**2 * (2.0 * rows + 0.5 * columns), rel=1e-6)
+
+
+def _taught(teacher: nn.Module, **settings: Any) -> DistillationLoss:
+    chosen = TeacherSettings.model_validate({"stage": "teacher", "temperature": 3.0} | settings)
+    return DistillationLoss(FrozenTeacher([teacher], temperature=chosen.temperature), chosen)
+
+
 def test_alpha_mixes_the_two_terms() -> None:
     teacher = nn.Linear(3, 4)
     inputs, logits = torch.randn(6, 3), torch.randn(6, 4)
-    labels = torch.tensor([0, 1, 2, 3, 0, 1])
+    batch = TrainingBatch(inputs, torch.tensor([0, 1, 2, 3, 0, 1]), None)
     soft = soft_target_divergence(logits, teacher(inputs), 3.0)
-    batch = TrainingBatch(inputs, labels, None)
     hard = label_loss()(batch, logits)
-    mixed = distillation_loss(teacher, temperature=3.0, alpha=0.25)(batch, logits)
+    mixed = _taught(teacher, alpha=0.25)(batch, logits)
     assert float(mixed) == pytest.approx(0.25 * float(soft.detach()) + 0.75 * float(hard), rel=1e-5)
 
 
-def test_the_teacher_is_frozen_and_in_eval_mode() -> None:
+@pytest.mark.parametrize("method", ["kd", "dkd", "relation"])
+@pytest.mark.parametrize("mixed", [False, True])
+def test_gradient_flows_to_the_student_only(method: str, mixed: bool) -> None:
     teacher = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)).train()
     before = {name: value.clone() for name, value in teacher.state_dict().items()}
-    logits = torch.randn(6, 4, requires_grad=True)
-    batch = TrainingBatch(torch.randn(6, 3), torch.zeros(6, dtype=torch.long), None)
-    distillation_loss(teacher, temperature=3.0, alpha=1.0)(batch, logits).backward()
+    student = nn.Linear(3, 4)
+    loss = _taught(teacher, method=method, alpha=1.0)
+    inputs = torch.randn(6, 3)
+    labels: Tensor = torch.tensor([0, 1, 2, 3, 0, 1])
+    if mixed:
+        labels = 0.6 * nn.functional.one_hot(labels, 4) + 0.4 * nn.functional.one_hot(labels.flip(0), 4)
+    loss(TrainingBatch(inputs, labels, None), student(inputs)).backward()
+    assert student.weight.grad is not None
+    assert student.weight.grad.abs().sum() > 0
     assert not teacher.training
     assert all(not p.requires_grad and p.grad is None for p in teacher.parameters())
     assert all(torch.equal(before[name], value) for name, value in teacher.state_dict().items())
 
 
-class _Recorder(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen = torch.zeros(0)
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        self.seen = images
-        return images.flatten(1)
+def test_the_teacher_is_no_part_of_the_loss() -> None:
+    teacher = nn.Sequential(nn.Linear(3, 4), nn.Dropout(0.5))
+    loss = _taught(teacher).train()
+    assert list(loss.parameters()) == []
+    assert loss.state_dict() == {}
+    assert not any(module.training for module in teacher.modules())
 
 
-def _preprocessing(size: int, mean: float, std: float, channels: int = 1) -> Preprocessing:
-    return Preprocessing(size, channels, (mean,) * channels, (std,) * channels, "bilinear", 1.0)
-
-
-def test_teacher_sees_its_own_normalization_of_the_same_image() -> None:
-    student, teacher = _preprocessing(8, 0.5, 0.25), _preprocessing(8, 0.1, 2.0)
-    recorder = _Recorder()
-    raw = torch.randint(0, 256, (2, 1, 8, 8), dtype=torch.uint8)
-    TeacherView(recorder, student=student, teacher_preprocessing=teacher)(student.normalize(raw))
-    assert torch.allclose(recorder.seen, teacher.normalize(raw), atol=1e-5)
-
-
-def test_teacher_sees_its_own_size() -> None:
-    recorder = _Recorder()
-    view = TeacherView(
-        recorder, student=_preprocessing(8, 0.5, 0.5), teacher_preprocessing=_preprocessing(16, 0.5, 0.5)
-    )
-    view(torch.zeros(2, 1, 8, 8))
-    assert recorder.seen.shape == (2, 1, 16, 16)
-
-
-def test_channels_that_differ_are_refused() -> None:
-    with pytest.raises(ModelError, match="3 channels and the student 1"):
-        TeacherView(
-            nn.Identity(), student=_preprocessing(8, 0.5, 0.5), teacher_preprocessing=_preprocessing(8, 0.5, 0.5, 3)
-        )
+@pytest.mark.parametrize("method", ["kd", "dkd", "relation"])
+def test_losses_are_made_in_float32_under_autocast(method: str) -> None:
+    loss = _taught(nn.Linear(3, 4), method=method)
+    batch = TrainingBatch(torch.randn(6, 3), torch.tensor([0, 1, 2, 3, 0, 1]), None)
+    with torch.autocast("cpu", torch.bfloat16):
+        value = loss(batch, torch.randn(6, 4, dtype=torch.bfloat16))
+    assert value.dtype == torch.float32

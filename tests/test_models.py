@@ -20,10 +20,10 @@ from edgecompress import console, models, zoo
 from edgecompress.data import ImageData
 from edgecompress.errors import ModelError
 from edgecompress.images import ArrayItems, ImageSplit
+from edgecompress.model_settings import ModelSettings
 from edgecompress.models import Architecture, build, create_model, load_checkpoint, resolve_architecture
 from edgecompress.nets import SMALL_NETS
 from edgecompress.preprocessing import Preprocessing
-from edgecompress.recipe import ModelSettings
 
 
 def images(classes: int = 10, *, channels: int = 1, size: int | None = 8, class_index: bool = False) -> ImageData:

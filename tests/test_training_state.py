@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from pathlib import Path
@@ -9,15 +10,17 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from torch import Tensor, nn
 
+from edgecompress import pipeline
 from edgecompress.data import PreparedSplit
 from edgecompress.distill import TrainingBatch, label_loss
 from edgecompress.errors import RunError
 from edgecompress.models import build
 from edgecompress.recipe import TrainingSettings
 from edgecompress.training import EpochRecord, FitResult, fit
-from edgecompress.training_state import PhaseState, Progress
+from edgecompress.training_state import PhaseState, Progress, State
 from small_models import digits_data, small_architecture
 
 _EVERYTHING = {
@@ -177,3 +180,57 @@ def test_early_stop_hands_on_the_best_epoch(splits: dict[str, PreparedSplit]) ->
     )
     assert len(result.epochs) == 3
     assert result.kept_epoch == 3  # of epochs that are equal, the last
+
+
+_STEPS = {
+    "name": "steps",
+    "precision": "fp32",
+    "data": {"name": "digits"},
+    "model": {"name": "resnet8", "arguments": {"width": 8}},
+    "stages": [
+        {"id": "dense", "kind": "train", "epochs": 2, "batch_size": 128, "learning_rate": 0.05},
+        {"id": "pruned", "kind": "prune", "channel_ratio": 0.5, "channel_multiple": 2, "scope": "layer", "steps": 2}
+        | {"importance": "taylor", "epochs_between": 1, "epochs": 1, "warmup_epochs": 0, "teacher": {"stage": "dense"}},
+        {"id": "int8", "kind": "quantize", "placement": "full", "effort": "fast", "calibration": {"samples": 32}},
+    ],
+    "gates": {"max_accuracy_drop": 1.0},
+}
+
+
+@pytest.mark.slow
+def test_a_stage_of_several_phases_goes_on_in_the_one_that_was_cut_off(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = tmp_path / "steps.yaml"
+    recipe.write_text(yaml.safe_dump(_STEPS))
+
+    def weights(run: Path) -> dict[str, bytes]:
+        return {str(p.relative_to(run)): p.read_bytes() for p in sorted(run.glob("stages/*/*.safetensors"))}
+
+    def epochs(run: Path) -> list[tuple[str, str, int]]:
+        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        return [(line["stage"], line["phase"], line["epoch"]) for line in lines]
+
+    pipeline.apply(str(recipe), output=tmp_path / "whole")
+    expected = epochs(tmp_path / "whole")
+    assert expected == [("dense", "", 1), ("dense", "", 2), ("pruned", "1/2", 1), ("pruned", "2/2", 1)]
+    save = PhaseState.save
+    saves = 0
+
+    def crash(self: PhaseState, state: State, *, fingerprint: str) -> None:
+        nonlocal saves
+        saves += 1
+        save(self, state, fingerprint=fingerprint)
+        if saves in (1, 3, 4):  # after an epoch of dense, of the first cut's finetuning, of the second's
+            raise _CrashError
+
+    monkeypatch.setattr(PhaseState, "save", crash)
+    for _ in range(3):
+        with pytest.raises(_CrashError):
+            pipeline.apply(str(recipe), output=tmp_path / "cut", resume=(tmp_path / "cut").exists())
+    manifest = pipeline.apply(str(recipe), output=tmp_path / "cut", resume=True).manifest
+    assert manifest["status"] == "complete"
+    assert saves == 4  # no epoch was trained twice
+    assert weights(tmp_path / "cut") == weights(tmp_path / "whole")
+    assert epochs(tmp_path / "cut") == expected
+    assert not any("progress" in name for name in manifest["artifacts"])

@@ -1,0 +1,105 @@
+"""A pretrained teacher and a pretrained small student on few images of many classes: 525 birds.
+
+    python benchmarks/birds.py --root birds525 --teacher-weights tf_efficientnet_lite0.safetensors \\
+        --student-weights squeezenet1_1.safetensors
+
+--root is an image folder with train/ and val/ (and test/, where there is one; else val is reported, and nothing is
+chosen on it). Teacher: EfficientNet-Lite0; student: SqueezeNet 1.1; both from ImageNet weights with a new head. The
+student is trained with the labels alone and with the teacher, with the same images, epochs and learning rate.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from arms import Arm, Benchmark, paired_points, print_table, spread, stage_accuracy
+
+
+def main() -> None:
+    benchmark = Benchmark("birds", __doc__ or "")
+    parser = benchmark.parser
+    parser.add_argument("--root", type=Path, required=True)
+    parser.add_argument("--teacher-weights", type=Path, required=True)
+    parser.add_argument("--student-weights", type=Path, required=True)
+    parser.add_argument("--teacher-epochs", type=int, default=15)
+    parser.add_argument("--epochs", type=int, default=30)
+    parser.add_argument("--method", default="kd", choices=("kd", "dkd", "feature", "relation"))
+    parser.add_argument("--temperature", type=float, default=2.0)
+    arguments = parser.parse_args()
+
+    data = {"name": "image_folder", "root": str(arguments.root)}
+    teacher_model: dict[str, Any] = {"name": "timm/tf_efficientnet_lite0"}
+    student_model: dict[str, Any] = {"name": "torchvision/squeezenet1_1", "checkpoint": str(arguments.student_weights)}
+    int8 = {"kind": "quantize", "id": "int8", "placement": "full"}
+    augment = {"horizontal_flip": True, "crop_min_area": 0.5}
+    training = {"optimizer": "adamw", "batch_size": 64, "weight_decay": 0.01, "augment": augment}
+    taught = {**training, "epochs": arguments.epochs, "learning_rate": 5e-4, "id": "student"}
+    teacher = Arm(
+        "teacher",
+        {
+            "data": data,
+            "model": {**teacher_model, "checkpoint": str(arguments.teacher_weights)},
+            "stages": [
+                {
+                    **training,
+                    "kind": "train",
+                    "id": "teacher",
+                    "epochs": arguments.teacher_epochs,
+                    "learning_rate": 1e-3,
+                    "label_smoothing": 0.1,
+                },
+                int8,
+            ],
+        },
+        stage="teacher",
+        seeds=1,
+    )
+    alone = Arm(
+        "student alone",
+        {"data": data, "model": student_model, "stages": [{**taught, "kind": "train"}, int8]},
+        stage="student",
+    )
+    source = {"model": {**teacher_model, "checkpoint": "@teacher/teacher"}, "method": arguments.method}
+    block = {**source, "temperature": arguments.temperature, "alpha": 0.9}
+    distilled = Arm(
+        "student distilled",
+        {
+            "data": data,
+            "model": student_model,
+            "stages": [{**taught, "kind": "distill", "teacher": block}, int8],
+        },
+        stage="student",
+    )
+    found = benchmark.run(arguments, [teacher, alone, distilled])
+    alone_results = found[alone.name]
+    rows = []
+    for name, results, stage in (
+        (teacher.name, found[teacher.name], None),
+        (alone.name, alone_results, None),
+        (distilled.name, found[distilled.name], None),
+        ("student distilled, int8", found[distilled.name], "int8"),
+    ):
+        chosen = [{**r, **r["stages"][stage]} for r in results] if stage else results
+        is_taught = name.startswith("student distilled")
+        rows.append(
+            (
+                name,
+                spread(stage_accuracy(chosen)),
+                paired_points(chosen, alone_results) if is_taught else "",
+                f"{chosen[0]['params']:,}" if chosen else "",
+                f"{chosen[0]['size_bytes'] / 1e6:.2f} MB" if chosen else "",
+                str(len(results)),
+            )
+        )
+    split = next((r["accuracy_split"] for results in found.values() for r in results), "val")
+    print_table(
+        f"Birds, {arguments.method}: accuracy in % on {split}, last epoch, mean (min to max) over seeds",
+        ("model", "accuracy", "points against alone, paired [95 %]", "params", "size", "seeds"),
+        rows,
+        found,
+    )
+
+
+if __name__ == "__main__":
+    main()
