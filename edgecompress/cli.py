@@ -275,12 +275,12 @@ def _add_settings_commands(group: typer.Typer, folder: str) -> None:
     def list_command(as_json: JsonOption = False, no_gate: NoGateOption = False) -> None:
         with _reporting_errors(as_json):
             from edgecompress.configuration import read_yaml_mapping
-            from edgecompress.shipped import shipped_files
+            from edgecompress.shipped import shipped_files, shipped_name
 
             rows = []
             for path in shipped_files(folder):
                 description = str(read_yaml_mapping(path).get("description", ""))
-                rows.append({"name": path.stem, "description": " ".join(description.split())})
+                rows.append({"name": shipped_name(folder, path), "description": " ".join(description.split())})
             if as_json:
                 _print_json({folder: rows})
             else:

@@ -25,7 +25,7 @@ from edgecompress.configuration import (
 )
 from edgecompress.errors import ConfigurationError
 from edgecompress.model_settings import Identifier, ModelSettings
-from edgecompress.shipped import shipped_files, shipped_path
+from edgecompress.shipped import shipped_files, shipped_name, shipped_path
 from edgecompress.teacher_settings import TeacherSettings
 
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
@@ -342,7 +342,7 @@ def find_settings(source: str, *, kind: Literal["recipe", "target"]) -> Path:
     shipped = shipped_path(f"{kind}s", source)
     if shipped is not None:
         return shipped
-    names = [file.stem for file in shipped_files(f"{kind}s")]
+    names = [shipped_name(f"{kind}s", file) for file in shipped_files(f"{kind}s")]
     looks_like_path = path.suffix in (".yaml", ".yml") or "/" in source
     problem = "no such file" if looks_like_path else f"no file and no shipped {kind} of that name"
-    raise ConfigurationError(f"{kind} '{source}': {problem}{did_you_mean(path.stem, names)}")
+    raise ConfigurationError(f"{kind} '{source}': {problem}{did_you_mean(source.removesuffix(path.suffix), names)}")

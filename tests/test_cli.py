@@ -16,7 +16,7 @@ from conftest import CommandLine
 from edgecompress import __version__, cli
 from edgecompress.errors import DataError, TrainingError
 from edgecompress.run_directory import RunDirectory
-from edgecompress.shipped import shipped_files, shipped_path
+from edgecompress.shipped import shipped_files, shipped_name, shipped_path
 
 COMMANDS = ["apply", "export", "profile", "report", "run"]
 GROUPS = [f"{group} {command}" for group in ("recipes", "targets") for command in ("list", "show", "validate")]
@@ -100,7 +100,7 @@ def test_version(command_line: CommandLine, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("folder", ["recipes", "targets"])
 def test_list(command_line: CommandLine, folder: str) -> None:
-    names = [path.stem for path in shipped_files(folder)]
+    names = [shipped_name(folder, path) for path in shipped_files(folder)]
     answer = command_line(folder, "list")
     assert (answer.exit_code, answer.stderr) == (0, "")
     assert [line.split()[0] for line in answer.stdout.splitlines()] == names
@@ -109,7 +109,9 @@ def test_list(command_line: CommandLine, folder: str) -> None:
     assert all(row["description"] in answer.stdout and row["description"] for row in document[folder])
 
 
-@pytest.mark.parametrize(("folder", "name"), [("recipes", "prune_kd"), ("targets", "rpi4")])
+@pytest.mark.parametrize(
+    ("folder", "name"), [("recipes", "prune_kd"), ("recipes", "paper/pruning"), ("targets", "rpi4")]
+)
 def test_show_prints_the_file_comments_included(command_line: CommandLine, folder: str, name: str) -> None:
     path = shipped_path(folder, name)
     assert path is not None
@@ -117,7 +119,7 @@ def test_show_prints_the_file_comments_included(command_line: CommandLine, folde
     assert (answer.exit_code, answer.stdout, answer.stderr) == (0, path.read_text(encoding="utf-8"), "")
     assert command_line(folder, "show", path) == answer
     document = json.loads(command_line(folder, "show", name, "--json").stdout)
-    assert document["name"] == name
+    assert document["name"] == name.replace("/", "-")
 
 
 @pytest.mark.parametrize(("folder", "name"), [("recipes", "prune_kd"), ("targets", "rpi4")])

@@ -31,21 +31,24 @@ def options(words: list[str], name: str) -> list[str]:
 
 
 def test_the_promised_recipes_and_targets_are_there() -> None:
-    assert {"prune_kd", "distill", "prune_finetune", "int8_ptq"} <= {path.stem for path in RECIPES}
+    assert {"prune_kd", "distill", "prune_finetune", "int8_ptq", "paper/pruning"} <= {
+        shipped.shipped_name("recipes", path) for path in RECIPES
+    }
     assert {"x86", "x86-avx2", "arm64", "rpi4", "rpi5"} <= {path.stem for path in TARGETS}
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_recipe_loads_and_its_header_command_does(path: Path) -> None:
-    recipe = load_recipe(path.stem)
-    assert recipe.name == path.stem
+    name = shipped.shipped_name("recipes", path)
+    recipe = load_recipe(name)
+    assert recipe.name == name.replace("/", "-")
     assert recipe.description
     commands = header_commands(path)
     assert commands, "the header holds the command that runs the recipe"
     for words in commands:
         assert words[:2] == ["edgecompress", "run"]
-        assert words[2] in (path.stem, f"recipes/{path.name}")
-        load_recipe(path.stem, options(words, "--set"))
+        assert words[2] in (name, f"recipes/{name}.yaml")
+        load_recipe(name, options(words, "--set"))
         assert [load_target(name).name for name in options(words, "--target")]
     assert "Change first:" in path.read_text(encoding="utf-8")
 
@@ -89,3 +92,12 @@ def test_wheel_carries_recipes_and_targets_where_they_are_looked_for(
     assert shipped.shipped_path("recipes", "c") == installed / "c.yaml"
     assert shipped.shipped_path("recipes", "b") is None
     assert shipped.shipped_path("recipes", "../recipes/c") is None
+    (installed / "tables").mkdir()
+    (installed / "tables" / "b.yaml").write_text("")
+    assert [shipped.shipped_name("recipes", path) for path in shipped.shipped_files("recipes")] == [
+        "a",
+        "c",
+        "tables/b",
+    ]
+    assert shipped.shipped_path("recipes", "tables/b") == installed / "tables" / "b.yaml"
+    assert shipped.shipped_path("recipes", "b") is None
