@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -96,10 +97,10 @@ class _Runs:
     arms: Mapping[str, Arm]
 
     def folder(self, arm: Arm, seed: int) -> Path:
-        return Path(self.arguments.work) / self.benchmark / f"{arm.name.replace(' ', '-')}-seed{seed}"
+        return Path(self.arguments.work) / self.benchmark / f"{_slug(arm.name)}-seed{seed}"
 
     def _file(self, arm: Arm, seed: int) -> Path:
-        return Path(self.arguments.results) / self.benchmark / f"{arm.name.replace(' ', '-')}-seed{seed}.json"
+        return Path(self.arguments.results) / self.benchmark / f"{_slug(arm.name)}-seed{seed}.json"
 
     def _seeds(self, arm: Arm) -> int:
         return min(arm.seeds or self.arguments.seeds, self.arguments.seeds)
@@ -111,7 +112,7 @@ class _Runs:
     def apply(self, arm: Arm, seed: int) -> Any:
         """The manifest of an arm's run, complete; nothing is trained twice."""
         folder = self.folder(arm, seed)
-        recipe_file = folder.with_suffix(".yaml")
+        recipe_file = folder.parent / f"{folder.name}.yaml"
         recipe_file.parent.mkdir(parents=True, exist_ok=True)
         document = {"gates": {"max_accuracy_drop": 1.0}, **arm.recipe, "seed": seed}
         # Through JSON, so that what two places share is written out in both.
@@ -153,6 +154,10 @@ class _Runs:
         file = self._file(arm, seed)
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+def _slug(name: str) -> str:
+    return re.sub(r"[^A-Za-z0-9]+", "-", name).strip("-")
 
 
 def _without_paths(value: Any) -> Any:

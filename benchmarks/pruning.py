@@ -53,7 +53,7 @@ def arms_of(arguments: argparse.Namespace) -> list[Arm]:
 
     def pruned(name: str, *, steps: int, **settings: Any) -> Arm:
         # The same total for everyone: an iterative schedule pays for its epochs between the steps.
-        between = 0 if steps == 1 else max(1, total // (2 * steps))
+        between = 0 if steps == 1 else total // (2 * steps)
         stage = {
             "kind": "prune",
             "id": "pruned",
