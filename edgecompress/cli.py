@@ -267,6 +267,23 @@ def debug_int8(
         typer.echo(f"run:    {outcome.run.path}")
 
 
+@app.command()
+def doctor(as_json: JsonOption = False, no_gate: NoGateOption = False) -> None:
+    """Look at this machine and this installation, and say what they mean for int8 and for measuring."""
+    with _reporting_errors(as_json):
+        from edgecompress.doctor import doctor_document, examine, findings_table
+
+        findings = examine()
+        document = doctor_document(findings)
+        if as_json:
+            _print_json(document)
+        else:
+            from rich.console import Console
+
+            Console(highlight=False, emoji=False).print(findings_table(findings))
+        raise typer.Exit(EXIT_OK if document["ok"] or no_gate else EXIT_GATE_MISSED)
+
+
 def _add_settings_commands(group: typer.Typer, folder: str) -> None:
     """The same three commands for recipes and for targets."""
     kind = folder.removesuffix("s")
