@@ -91,6 +91,8 @@ def create(name: str) -> nn.Module:
     for key, parameter in module.named_parameters():
         if key.endswith("gamma"):  # ConvNeXt starts with blocks switched off; trained ones are on
             nn.init.uniform_(parameter, 0.1, 0.5, generator=generator)
+        elif key.endswith("weight") and not bool(parameter.any()):  # mixers start with a head of zeros
+            nn.init.normal_(parameter, std=0.02, generator=generator)
     norms = [child for child in module.modules() if isinstance(child, nn.BatchNorm2d)]
     module.eval()
     for norm in norms:
@@ -118,7 +120,8 @@ class _Reader(CalibrationDataReader):
         return next(self._images, None)
 
 
-def _write(module: nn.Module, path: Path, target: Target) -> None:
+def write_onnx(module: nn.Module, path: Path, target: Target) -> None:
+    """Export with fixed facts."""
     preprocessing = Preprocessing(SIZE, 3, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     export_onnx(
         module,
@@ -131,7 +134,8 @@ def _write(module: nn.Module, path: Path, target: Target) -> None:
     )
 
 
-def _ours(module: nn.Module, path: Path, target: Target) -> None:
+def write_ours(module: nn.Module, path: Path, target: Target) -> None:
+    """Full int8 of ours, rounded to nearest, with min-max ranges."""
     calibration = {"method": "minmax"}  # as the other: what differs is then where int8 goes, not its ranges
     stage = QuantizeStage.model_validate(
         {"kind": "quantize", "id": "int8", "effort": "fast", "calibration": calibration}
@@ -142,7 +146,7 @@ def _ours(module: nn.Module, path: Path, target: Target) -> None:
 
     scheme, _ = resolve_scheme(stage, target)
     made = quantize(module, stage=stage, scheme=scheme, calibration=batches, batches=BATCHES, example=images(2, 0))
-    _write(made.graph, path, target)
+    write_onnx(made.graph, path, target)
 
 
 def _theirs(fp32: Path, path: Path) -> None:
@@ -172,9 +176,9 @@ def make_files(name: str, folder: Path, target: Target) -> dict[str, Path]:
     if not all(path.is_file() for path in files.values()):
         module = create(name)
         if not files["fp32"].is_file():
-            _write(module, files["fp32"], target)
+            write_onnx(module, files["fp32"], target)
         if not files["ours"].is_file():
-            _ours(module, files["ours"], target)
+            write_ours(module, files["ours"], target)
         if not files["ORT"].is_file():
             _theirs(files["fp32"], files["ORT"])
     return files

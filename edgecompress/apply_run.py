@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
@@ -24,7 +25,8 @@ from edgecompress.int8.quantized_model import QuantizedModel, save_quantized
 from edgecompress.int8.scheme import Scheme, resolve_scheme
 from edgecompress.machine import describe_machine, own_target, versions
 from edgecompress.models import CreatedModel, create_model
-from edgecompress.placement_run import Placed, held_out, limits_of, place, with_float_layers
+from edgecompress.placement_run import Placed, confirmed, held_out, limits_of, place, with_float_layers
+from edgecompress.placement_trial import HeldOut
 from edgecompress.prune import copy_of
 from edgecompress.prune_stages import prune_stage
 from edgecompress.recipe import DistillStage, PruneStage, QatStage, QuantizeStage, Recipe, TrainingSettings, TrainStage
@@ -43,6 +45,7 @@ from edgecompress.run_state import (
     require_same_data,
     save_logits,
     seed_everything,
+    speed_gate,
 )
 from edgecompress.stages import PreparedSplits, StageContext, qat_stage, run_stage
 from edgecompress.target import Target
@@ -131,7 +134,7 @@ def apply_recipe(recipe: Recipe, run: RunDirectory, target: Target | None) -> Js
             )
     if workers.rank() != 0:
         return run.read_manifest()
-    return run.update_manifest(lambda m: _finish(m, recipe, run))
+    return run.update_manifest(lambda m: _finish(m, recipe, run, target or own_target()))
 
 
 def _initial_model(
@@ -288,6 +291,17 @@ def quantize_for(
     return model, len(indices)
 
 
+@dataclass(frozen=True)
+class _Int8:
+    """The int8 model in its placement, and what judged it; `images` None where the recipe asks for full int8."""
+
+    model: QuantizedModel
+    samples: int
+    placed: Placed
+    images: HeldOut | None = None
+    is_measured: bool = False
+
+
 def _placed_model(
     recipe: Recipe,
     stage: QuantizeStage,
@@ -297,15 +311,19 @@ def _placed_model(
     data: ImageData,
     splits: PreparedSplits,
     target: Target | None,
-) -> tuple[QuantizedModel, int]:
+) -> _Int8:
     """The int8 model in the placement that the recipe asks for, or that was decided on and recorded by measuring."""
     decided = decision_of(run.read_manifest(), "placement")
     if stage.placement == "full":
         placed = Placed((), "the recipe asks for full int8")
         run.update_manifest(lambda m: record_decision(m, "placement", placed.decision, placed.why))
-    elif decided is not None:
+        model, samples = quantize_for(recipe, stage, scheme, current, data, splits)
+        return _Int8(model, samples, placed)
+    images = held_out(recipe, run, current, data, splits)
+    if decided is not None:
         console.note(f"placement: as recorded ({decided['why']})")
-        placed = Placed(tuple(decided["value"]["float_layers"]), decided["why"])
+        facts = {key: value for key, value in decided["value"].items() if key not in ("form", "float_layers")}
+        placed = Placed(tuple(decided["value"]["float_layers"]), decided["why"], facts)
     else:
         model, samples = quantize_for(recipe, stage, scheme, current, data, splits)
         placed = place(
@@ -313,15 +331,16 @@ def _placed_model(
             source=current,
             stage=stage,
             target=target or own_target(),
-            images=held_out(recipe, run, current, data, splits),
+            images=images,
             limits=limits_of(recipe, stage),
             folder=run.stage(stage.id),
         )
         run.update_manifest(lambda m: record_decision(m, "placement", placed.decision, placed.why))
         console.note(f"placement: {placed.why}")
         if not placed.float_layers:
-            return model, samples
-    return quantize_for(recipe, with_float_layers(stage, placed.float_layers), scheme, current, data, splits)
+            return _Int8(model, samples, placed, images, is_measured=placed.facts["trials"] == 1)
+    model, samples = quantize_for(recipe, with_float_layers(stage, placed.float_layers), scheme, current, data, splits)
+    return _Int8(model, samples, placed, images)
 
 
 def _quantize(
@@ -334,7 +353,8 @@ def _quantize(
     target: Target | None,
 ) -> Json:
     scheme, why = resolve_scheme(stage, target)
-    model, samples = _placed_model(recipe, stage, scheme, run, current, data, splits, target)
+    made = _placed_model(recipe, stage, scheme, run, current, data, splits, target)
+    model, samples = made.model, made.samples
     trained = None
     if isinstance(stage, QatStage):
         labels: Json = {"stage": stage.id}
@@ -342,6 +362,18 @@ def _quantize(
         trained = qat_stage(stage, model, current, context)
         (console.note if trained.is_trained else console.warn)(f"stage {stage.id}: {trained.summary}")
         model = trained.model
+    if made.images is not None:
+        placed = confirmed(
+            made.placed,
+            model,
+            source=current,
+            target=target or own_target(),
+            images=made.images,
+            limits=limits_of(recipe, stage),
+            folder=run.stage(stage.id),
+            is_measured=made.is_measured and trained is None,
+        )
+        run.update_manifest(lambda m: record_decision(m, "placement", placed.decision, placed.why))
     save_quantized(model, run.stage(stage.id), float_model=describe(current))
     preprocessing = current.architecture.preprocessing
     split = splits.get(data.report_split, preprocessing)
@@ -385,7 +417,7 @@ def _update_entry(run: RunDirectory, stage_id: str, facts: dict[str, Any]) -> No
     run.update_manifest(change)
 
 
-def _finish(manifest: Json, recipe: Recipe, run: RunDirectory) -> None:
+def _finish(manifest: Json, recipe: Recipe, run: RunDirectory, target: Target) -> None:
     """Baseline, gates and hashes, once every stage is complete."""
     manifest.setdefault("baseline", {"id": manifest["stages"][0]["id"], **_costs(manifest["stages"][0])})
     baseline = manifest["baseline"]
@@ -398,7 +430,18 @@ def _finish(manifest: Json, recipe: Recipe, run: RunDirectory) -> None:
             value = float(_entry(manifest, stage_id)["accuracy"])
             gates.append(accuracy_gate(value, baseline, recipe.gates.max_accuracy_drop, stage_id))
     record_gates(manifest, gates, step="apply")
+    record_gates(manifest, _speed_gates(manifest, target), step="apply", target=target.name)
     manifest["artifacts"] = run.artifacts()
+
+
+def _speed_gates(manifest: Json, target: Target) -> list[Gate]:
+    """The gate on int8's speed where it was measured for this target and the interval decides it."""
+    decided = decision_of(manifest, "placement") or {"value": {}}
+    measured = decided["value"].get("final") or decided["value"]
+    if decided["value"].get("target") != target.name or measured.get("speedup") is None:
+        return []
+    gate = speed_gate(measured, target.name, target.budgets.min_int8_speedup)
+    return [gate] if gate is not None else []
 
 
 def _costs(entry: Json) -> Json:

@@ -62,3 +62,16 @@ def wilson_interval(fraction: float, samples: int, z: float = 1.959964) -> tuple
     centre = (fraction + z * z / (2 * samples)) / denominator
     half = z * math.sqrt(fraction * (1 - fraction) / samples + z * z / (4 * samples * samples)) / denominator
     return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def paired_drop_interval(before: Tensor, after: Tensor, z: float = 1.959964) -> tuple[float, float]:
+    """95 % interval of a drop in accuracy between two models on the same images; both are right-or-wrong, bool [N].
+
+    Only images on which the two differ count (Agresti and Min, 2005: half an image is added to each kind).
+    """
+    lost = float((before & ~after).sum()) + 0.5
+    won = float((~before & after).sum()) + 0.5
+    total = len(before) + 2.0
+    drop = (lost - won) / total
+    half = z * math.sqrt(max(0.0, (lost + won) - (lost - won) ** 2 / total)) / total
+    return max(-1.0, drop - half), min(1.0, drop + half)

@@ -12,7 +12,7 @@ import math
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -23,8 +23,7 @@ from edgecompress.checkpoint import Checkpoint, example_input, load_checkpoint
 from edgecompress.data import ImageData, calibration_indices
 from edgecompress.errors import ProfileError
 from edgecompress.evaluate import accuracy, collect_logits
-from edgecompress.export import Provenance, export_onnx
-from edgecompress.int8.mixed import MixedModel, agreement, decibels, exact_globs, noise
+from edgecompress.int8.mixed import MixedModel, exact_globs
 from edgecompress.int8.placement import (
     Candidate,
     LayerCost,
@@ -40,9 +39,9 @@ from edgecompress.int8.post_training import quantize
 from edgecompress.int8.quantized_model import QuantizedModel
 from edgecompress.int8.sensitivity import noise_alone
 from edgecompress.layer_costs import costs_by_macs, costs_by_size, costs_by_time
-from edgecompress.measuring import measure_latency
 from edgecompress.operator_times import operator_times
 from edgecompress.placement_text import placement_table
+from edgecompress.placement_trial import BATCH, HeldOut, judged, measured_again, timed, write_for_timing
 from edgecompress.profiling import not_at_hand
 from edgecompress.recipe import QatStage, QuantizeStage, Recipe
 from edgecompress.run_directory import Json, RunDirectory, read_json, write_json
@@ -53,22 +52,13 @@ from edgecompress.target import Target
 FILE = "placement.json"
 HELD_OUT_IMAGES = 512  # an agreement of 98 % is then known to within 1.2 points
 _NOISE_IMAGES = 16
-_BATCH = 32
 _UNTRAINED_IMAGES = 8  # enough to run on; what random weights answer means nothing
-# Five processes end within this time on a quiet machine; a busy one gets more of them.
-_QUICK_SECONDS = 6.0
-_QUICK_NARROW = 0.04
 _PROFILE_SECONDS = 1.0
+_FACTS = (
+    *("speedup", "speedup_ci95", "agreement", "agreement_ci95", "sqnr_db", "accuracy"),
+    *("accuracy_drop", "accuracy_drop_ci95", "accurate_enough"),
+)
 _CALIBRATION_IMAGES = 4  # for files that are only timed, whose scales do not matter
-
-
-@dataclass(frozen=True)
-class HeldOut:
-    """Normalized images [N, C, H, W] with their labels [N], and the baseline's accuracy on them (a fraction)."""
-
-    images: Tensor
-    labels: Tensor
-    baseline_accuracy: float
 
 
 @dataclass(frozen=True)
@@ -101,7 +91,7 @@ def held_out(recipe: Recipe, run: RunDirectory, source: Checkpoint, data: ImageD
     split = splits.get("val", preprocessing)
     count = HELD_OUT_IMAGES if recipe.has_trained_weights else _UNTRAINED_IMAGES
     indices = torch.from_numpy(calibration_indices(split.labels.numpy(), count, recipe.seed))
-    images = torch.cat([preprocessing.normalize(batch) for batch, _ in split.batches(_BATCH, indices=indices)])
+    images = torch.cat([preprocessing.normalize(batch) for batch, _ in split.batches(BATCH, indices=indices)])
     labels = split.labels[indices]
     manifest = run.read_manifest()
     baseline_id = str(manifest.get("baseline", manifest["stages"][0])["id"])
@@ -110,7 +100,7 @@ def held_out(recipe: Recipe, run: RunDirectory, source: Checkpoint, data: ImageD
     logits = collect_logits(
         baseline.module, split, baseline.architecture.preprocessing, indices=indices, description="judging the baseline"
     )
-    return HeldOut(images, labels, accuracy(logits, labels))
+    return HeldOut(images, labels, logits.argmax(dim=1) == labels)
 
 
 def with_float_layers(stage: QuantizeStage, float_layers: Sequence[str]) -> QuantizeStage:
@@ -137,6 +127,34 @@ def place(
         return search.run()
 
 
+def confirmed(
+    placed: Placed,
+    model: QuantizedModel,
+    *,
+    source: Checkpoint,
+    target: Target,
+    images: HeldOut,
+    limits: Limits,
+    folder: Path,
+    is_measured: bool,
+) -> Placed:
+    """The decision with the finished model measured again, under `final` in run.json and in placement.json.
+
+    `is_measured`: this is the very model that was the search's only trial, so its numbers stand. Raises ExportError or
+    ProfileError.
+    """
+    if is_measured:
+        final = {key: placed.facts.get(key) for key in _FACTS}
+    else:
+        final = measured_again(model, source, images, target)
+        final["accurate_enough"] = limits.judge(final)
+        console.note(f"int8 as it leaves the stage, measured again: {_trial_words(final)}")
+    path = folder / FILE
+    if path.is_file():
+        write_json(path, read_json(path) | {"final": final})
+    return replace(placed, facts={**placed.facts, "final": final})
+
+
 class _Search:
     """One search: what is known so far, in `document`, and how to know more."""
 
@@ -156,7 +174,7 @@ class _Search:
         self.mixed = MixedModel(model)
         self.why_not_timed = not_at_hand(target)
         self.reference = torch.cat(
-            [self.mixed.logits(batch, self.mixed.float_setting) for batch in torch.split(images.images, _BATCH)]
+            [self.mixed.logits(batch, self.mixed.float_setting) for batch in torch.split(images.images, BATCH)]
         )
         self.limits, self.note = self._reachable(limits)
         self.document = self._start()
@@ -166,10 +184,13 @@ class _Search:
         """Full int8 first; the search only where that is not enough."""
         full = self._trial(Candidate((), 0.0, 0.0), "full")
         accurate = self.limits.met_by(full)
+        is_open = self.limits.judge(full) == "inconclusive"
         seems_slow = full["speedup"] is not None and full["speedup"] < 1
         if accurate and not seems_slow:
             return self._finish(full, self._words_for_full(full))
-        reasons = [] if accurate else ["not accurate enough"]
+        reasons = []
+        if not accurate:
+            reasons.append("not accurate enough" + (", though that is inconclusive," if is_open else ""))
         if seems_slow:
             reasons.append("slower than fp32" if is_slower(full) else "not found to be faster than fp32")
         console.note(f"full int8 is {' and '.join(reasons)} ({_trial_words(full)}); searching for a placement")
@@ -226,21 +247,14 @@ class _Search:
 
     def _logits(self, float_layers: Sequence[str]) -> Tensor:
         setting = self.mixed.setting(float_layers)
-        return torch.cat([self.mixed.logits(batch, setting) for batch in torch.split(self.held_out.images, _BATCH)])
+        return torch.cat([self.mixed.logits(batch, setting) for batch in torch.split(self.held_out.images, BATCH)])
 
     def _judged(self, float_layers: tuple[str, ...]) -> Json:
         """Accuracy of a placement on held-out images, from the simulation; each is run once."""
         cached: Json = self.document.setdefault("accuracy", {})
         key = "\n".join(float_layers)
         if key not in cached:
-            logits = self._logits(float_layers)
-            found = accuracy(logits, self.held_out.labels)
-            cached[key] = {
-                "agreement": agreement(self.reference, logits),
-                "sqnr_db": decibels(noise(self.reference, logits)),
-                "accuracy": found,
-                "accuracy_drop": self.held_out.baseline_accuracy - found,
-            }
+            cached[key] = judged(self.reference, self._logits(float_layers), self.held_out)
         return dict(cached[key])
 
     def _trial(self, candidate: Candidate, name: str) -> Json:
@@ -253,16 +267,8 @@ class _Search:
         trial |= {"int8_layers": len(self.mixed.layers) - len(candidate.float_layers)}
         trial |= self._judged(candidate.float_layers)
         path = self._export(candidate.float_layers, name)
-        trial |= {"size_bytes": path.stat().st_size, "speedup": None, "speedup_ci95": None, "latency_ms": None}
-        if not self.why_not_timed:
-            files = {"fp32": self._fp32(), "int8": path}
-            how: Json = {"threads": self.target.threads, "providers": self.target.providers, "input_npy": None}
-            how["session"] = self.target.session_settings()
-            measured = measure_latency(files, seconds=_QUICK_SECONDS, narrow_enough=_QUICK_NARROW, **how)
-            ratio = measured.ratio("fp32", "int8")
-            trial |= {"speedup": ratio.ratio, "speedup_ci95": [ratio.low, ratio.high]}
-            trial |= {"latency_ms": measured.percentile("int8", 50).value}
-            trial |= {"fp32_latency_ms": measured.percentile("fp32", 50).value}
+        trial |= {"accurate_enough": self.limits.judge(trial), "size_bytes": path.stat().st_size}
+        trial |= timed(self._fp32(), path, self.target)
         trial["seconds"] = time.monotonic() - started
         self.document["trials"].append(trial)
         self._save()
@@ -289,17 +295,7 @@ class _Search:
         return path if path.is_file() else self._write(self.source.module, path.name)
 
     def _write(self, module: torch.nn.Module, name: str) -> Path:
-        architecture = self.source.architecture
-        export_onnx(
-            module,
-            example_input(architecture),
-            self.scratch / name,
-            target=self.target,
-            preprocessing=architecture.preprocessing,
-            provenance=Provenance((), "", "", {}),
-            extra_metadata={},
-        )
-        return self.scratch / name
+        return write_for_timing(module, self.source, self.scratch / name, self.target)
 
     def _candidates(self) -> list[Candidate]:
         """Placements worth a trial, the cheapest first, from each layer's time (or MACs), bytes and noise."""
@@ -360,19 +356,21 @@ class _Search:
                 advance(1, _trial_words(self._trial(candidate, f"p{number}")))
 
     def _words_for_full(self, full: Json) -> str:
+        accurate = "full int8 is accurate enough"
+        if self.limits.judge(full) == "inconclusive":
+            accurate += f" by its numbers (inconclusive on {len(self.held_out.labels)} images)"
         if self.why_not_timed:
-            return f"full int8 is accurate enough; {'; '.join(self.why_not_timed)}, so its speed was not measured"
+            return f"{accurate}; {'; '.join(self.why_not_timed)}, so its speed was not measured"
         if is_faster(full):
-            return f"full int8 is accurate enough and faster than fp32: {_trial_words(full)}"
-        return f"full int8 is accurate enough; whether it is faster than fp32 is open: {_trial_words(full)}"
+            return f"{accurate} and faster than fp32: {_trial_words(full)}"
+        return f"{accurate}; whether it is faster than fp32 is open: {_trial_words(full)}"
 
     def _finish(self, chosen: Json, why: str) -> Placed:
         self.document |= {"status": "complete", "choice": chosen["id"], "why": why}
         self._save()
         if len(self.document["trials"]) > 1:
             console.table(placement_table(self.document))
-        keys = ("speedup", "speedup_ci95", "agreement", "sqnr_db", "accuracy", "accuracy_drop")
-        facts = {key: chosen[key] for key in keys} | {
+        facts = {key: chosen.get(key) for key in _FACTS} | {
             "trials": len(self.document["trials"]),
             "target": self.target.name,
         }
@@ -382,7 +380,9 @@ class _Search:
 
 def _trial_words(trial: Json) -> str:
     ratio = math.inf if trial["sqnr_db"] is None else trial["sqnr_db"]  # JSON has no name for infinity
-    words = [f"{100 * trial['agreement']:.1f} % agreement, {ratio:.1f} dB"]
+    low, high = trial["agreement_ci95"]
+    interval = f"95 % interval {100 * low:.1f} to {100 * high:.1f}"
+    words = [f"{100 * trial['agreement']:.1f} % agreement ({interval}), {ratio:.1f} dB"]
     if trial["speedup"] is not None:
         low, high = trial["speedup_ci95"]
         words.append(f"fp32 takes {trial['speedup']:.2f} times as long (95 % interval {low:.2f} to {high:.2f})")

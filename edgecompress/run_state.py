@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -23,6 +24,7 @@ from edgecompress.errors import DataError, RunError
 from edgecompress.evaluate import accuracy, wilson_interval
 from edgecompress.recipe import INITIAL_ID, QuantizeStage, Recipe
 from edgecompress.run_directory import Json, RunDirectory, atomic_path
+from edgecompress.target import SPEED_BUDGET
 
 INITIAL = INITIAL_ID
 """Folder of the model as the recipe gave it, when no stage trains it from scratch."""
@@ -150,9 +152,13 @@ def record_gates(manifest: Json, gates: list[Gate], *, step: str, target: str | 
     manifest["gates"] = [*others, *(gate.to_dict() for gate in gates)]
 
 
-def missed_gates(manifest: Json, target: str | None = None) -> list[str]:
-    """Sentences of the gates that were missed, for all targets or for one (and those that hold for every target)."""
+def missed_gates(manifest: Json, target: str | None = None, *, without_speed_on: Collection[str] = ()) -> list[str]:
+    """Sentences of the gates that were missed, for all targets or for one (and those that hold for every target).
+
+    `without_speed_on` names targets whose profile judges speed, longer measured than what chose the placement.
+    """
     rows = [g for g in manifest.get("gates", []) if not g["passed"]]
+    rows = [g for g in rows if g["gate"] != SPEED_BUDGET or g["target"] not in without_speed_on]
     return [str(g["sentence"]) for g in rows if target is None or g["target"] in (None, target)]
 
 
@@ -170,6 +176,31 @@ def accuracy_gate(value: float, baseline: Json, limit: float, stage_id: str) -> 
         ),
         step="apply",
         subject=stage_id,
+    )
+
+
+def speed_gate(measured: Json, target: str, budget: float | None) -> Gate | None:
+    """The gate on int8's speed against fp32; None where nobody asks, or where the interval holds the limit.
+
+    Slower than fp32 is what it is about: a target's wish for more than that is judged by its profile.
+    """
+    if budget is None:
+        return None
+    limit, (low, high) = min(budget, 1.0), measured["speedup_ci95"]
+    if low < limit <= high:
+        return None
+    ratio = float(measured["speedup"])
+    return Gate(
+        gate=SPEED_BUDGET,
+        value=ratio,
+        limit=limit,
+        passed=low >= limit,
+        sentence=(
+            f"fp32 takes {ratio:.3g} times as long as int8 on {target} (95 % interval {low:.3g} to {high:.3g}; "
+            f"at least {limit:g}, budgets.{SPEED_BUDGET})."
+        ),
+        step="apply",
+        target=target,
     )
 
 

@@ -312,8 +312,9 @@ def slower_sentences(manifest: Json, profiles: Iterable[Json] = ()) -> list[str]
     if not found:
         placed = [section(d, "value") for d in entries(manifest, "decisions") if d.get("what") == "placement"]
         found = [
-            (value.get("target"), {"ratio": value.get("speedup"), "ci95": value.get("speedup_ci95")})
+            (value.get("target"), {"ratio": last.get("speedup"), "ci95": last.get("speedup_ci95")})
             for value in placed
+            for last in [section(value, "final") or value]
         ]
     sentences = []
     for target, speedup in found:

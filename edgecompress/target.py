@@ -105,6 +105,10 @@ class SessionSettings(FrozenSettings):
         return self
 
 
+SPEED_BUDGET = "min_int8_speedup"
+"""The budget on int8's speed against fp32, and the gate of the same name on what chose the placement."""
+
+
 class Budgets(FrozenSettings):
     """What a model may cost on the device. Left out means no limit."""
 

@@ -105,6 +105,38 @@ def test_an_accuracy_drop_beyond_the_limit_is_not_accurate() -> None:
     assert LIMITS.met_by(EXACT | {"accuracy_drop": 0.01})
 
 
+def sure(name: str, agreement: list[float], *, speedup: float = 1.2) -> dict[str, Any]:
+    document = trial(name, speedup=speedup, agreement=sum(agreement) / 2)
+    return document | {"agreement_ci95": agreement, "accuracy_drop_ci95": [-0.01, 0.005]}
+
+
+@pytest.mark.parametrize(
+    ("agreement", "drop", "answer"),
+    [
+        ([0.985, 0.995], [-0.01, 0.01], "met"),
+        ([0.97, 0.99], [-0.01, 0.01], "inconclusive"),
+        ([0.985, 0.995], [0.0, 0.02], "inconclusive"),
+        ([0.95, 0.97], [-0.01, 0.005], "missed"),
+        ([0.97, 0.99], [0.011, 0.02], "missed"),
+    ],
+)
+def test_an_interval_that_holds_the_limit_leaves_it_open(
+    agreement: list[float], drop: list[float], answer: str
+) -> None:
+    document = sure("x", agreement) | {"accuracy_drop_ci95": drop}
+    assert LIMITS.judge(document) == answer
+    assert Limits(None, None).judge(document) == "met"
+
+
+def test_what_is_accurate_beyond_doubt_goes_before_what_is_faster() -> None:
+    fast, certain = sure("fast", [0.97, 0.995], speedup=1.4), sure("certain", [0.985, 0.999], speedup=1.1)
+    assert LIMITS.met_by(fast), "its numbers alone would do"
+    chosen, why = choose([FULL, fast, certain], limits=LIMITS, optimize="latency", needs_speed=True)
+    assert (chosen["id"], "inconclusive" in why) == ("certain", False)
+    chosen, why = choose([FULL, fast], limits=LIMITS, optimize="latency", needs_speed=True)
+    assert (chosen["id"], "inconclusive" in why) == ("fast", True)
+
+
 def test_the_front_holds_what_nothing_beats() -> None:
     assert [row["id"] for row in front([FULL, FAST, EXACT, SLOW])] == ["fast", "exact", "slow"]
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 Json = dict[str, Any]
+Answer = Literal["met", "missed", "inconclusive"]
 
 # A profile is a rough guide: what a change of form costs, and how int8 kernels compare when they stand alone.
 # Candidates are made for several beliefs about both; which of them is right is measured.
@@ -52,12 +53,35 @@ class Limits:
     max_accuracy_drop: float | None
     min_agreement: float | None
 
+    def judge(self, trial: Json) -> Answer:
+        """Whether a trial is accurate enough by its 95 % intervals; inconclusive where one of them holds a limit.
+
+        A trial without intervals is judged by its numbers alone.
+        """
+        answers: set[Answer] = set()
+        drop, agreement = _ends(trial, "accuracy_drop"), _ends(trial, "agreement")
+        if self.max_accuracy_drop is not None and drop is not None:
+            answers.add(_answer(-drop[1], -drop[0], -self.max_accuracy_drop))
+        if self.min_agreement is not None and agreement is not None:
+            answers.add(_answer(*agreement, self.min_agreement))
+        return "missed" if "missed" in answers else "inconclusive" if "inconclusive" in answers else "met"
+
     def met_by(self, trial: Json) -> bool:
-        """Whether a trial's accuracy is good enough."""
+        """Whether a trial's numbers are good enough: the best guess where `judge` leaves it open."""
         drop, agreement = trial.get("accuracy_drop"), trial.get("agreement")
         if self.max_accuracy_drop is not None and drop is not None and drop > self.max_accuracy_drop + 1e-12:
             return False
         return self.min_agreement is None or agreement is None or agreement >= self.min_agreement - 1e-12
+
+
+def _ends(trial: Json, key: str) -> tuple[float, float] | None:
+    low_high = trial.get(f"{key}_ci95") or [trial.get(key)] * 2
+    return None if low_high[0] is None else (float(low_high[0]), float(low_high[1]))
+
+
+def _answer(low: float, high: float, least: float) -> Answer:
+    """Where an interval lies against what is asked for at least."""
+    return "met" if low >= least - 1e-12 else "missed" if high < least - 1e-12 else "inconclusive"
 
 
 def candidates(costs: Sequence[LayerCost], *, by_noise: bool) -> list[Candidate]:
@@ -153,20 +177,25 @@ def choose(
 ) -> tuple[Json, str]:
     """The trial to use and why, in words. The first trial is full int8.
 
-    Of those that are accurate enough (and, with `needs_speed`, not slower than fp32 beyond doubt) the fastest or
-    the smallest; full int8 where there is none.
+    Of those that are accurate enough beyond doubt (and, with `needs_speed`, not slower than fp32 beyond doubt) the
+    fastest or the smallest; where there is none, of those whose numbers are good enough; else full int8.
     """
     full = trials[0]
     accurate = [trial for trial in trials if limits.met_by(trial)]
     usable = [trial for trial in accurate if not needs_speed or not is_slower(trial)]
+    sure = [trial for trial in usable if limits.judge(trial) == "met"]
     if usable:
-        best = min(usable, key=_speed if optimize == "latency" else lambda trial: (trial["size_bytes"], _speed(trial)))
-        return best, f"accurate enough, and of {len(usable)} such placements the one with the least {optimize}"
+        among = sure or usable
+        best = min(among, key=_speed if optimize == "latency" else lambda trial: (trial["size_bytes"], _speed(trial)))
+        certainty = "accurate enough" if sure else "accurate enough by its numbers, which is inconclusive"
+        return best, f"{certainty}, and of {len(among)} such placements the one with the least {optimize}"
     if len(trials) == 1:
         return full, "the runtime's profile promises nothing from any other placement"
     if accurate:
         return full, f"none of {len(accurate)} placements that are accurate enough is as fast as fp32"
-    return full, f"none of {len(trials)} placements is accurate enough"
+    is_open = any(limits.judge(trial) == "inconclusive" for trial in trials)
+    doubt = ", though for some that is inconclusive" if is_open else ""
+    return full, f"none of {len(trials)} placements is accurate enough{doubt}"
 
 
 def is_slower(trial: Json) -> bool:
