@@ -28,6 +28,12 @@ def _command(arguments: argparse.Namespace, output: Path) -> list[str]:
     return [*command, "--resume", "--quiet", "--no-gate", *overrides]
 
 
+def _run(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode != 0:
+        sys.exit(f"{' '.join(command)}\nended with {done.returncode}:\n{done.stderr[-2000:]}")
+
+
 def _weights(run: Path) -> dict[str, str]:
     return {str(path.relative_to(run)): sha256_of(path) for path in sorted(run.glob("stages/*/*.safetensors"))}
 
@@ -50,7 +56,7 @@ def main() -> None:
         folder: Path = arguments.folder or Path(temporary)
         whole = folder / "whole"
         started = time.monotonic()
-        subprocess.run(_command(arguments, whole), check=True, capture_output=True)
+        _run(_command(arguments, whole))
         seconds = time.monotonic() - started
         expected, epochs = _weights(whole), _epochs(whole)
         print(f"undisturbed: {seconds:.1f} s, {len(epochs)} epochs, {len(expected)} files of weights", flush=True)
@@ -68,7 +74,7 @@ def main() -> None:
                 where = (
                     f"killed in epoch {len(_epochs(run)) + 1}" if (run / "metrics.jsonl").is_file() else "killed early"
                 )
-            subprocess.run(_command(arguments, run), check=True, capture_output=True)
+            _run(_command(arguments, run))
             same = _weights(run) == expected and _epochs(run) == epochs
             identical += same
             print(f"{number}: {where} at {moment:.1f} s: {'identical' if same else 'DIFFERENT'}", flush=True)
