@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from edgecompress.data import ImageData, open_data
+from edgecompress.data import ImageData, PreparedSplit, open_data
 from edgecompress.models import Architecture
 from edgecompress.preprocessing import Preprocessing
 from edgecompress.recipe import DataSettings
@@ -55,6 +55,12 @@ def images(count: int, *, size: int = 8, seed: int = 1) -> Tensor:
 
 def digits_data() -> ImageData:
     return open_data(DataSettings(name="digits"))
+
+
+def digits_splits() -> dict[str, PreparedSplit]:
+    """The digits as the small nets read them."""
+    preprocessing = small_architecture().preprocessing
+    return {name: split.prepare(preprocessing, cache=True) for name, split in digits_data().splits.items()}
 
 
 def small_architecture(name: str = "resnet8", width: int = 8, size: int = 8) -> Architecture:

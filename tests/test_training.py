@@ -13,15 +13,14 @@ from edgecompress.models import build
 from edgecompress.precision import resolve_precision
 from edgecompress.recipe import TrainingSettings
 from edgecompress.training import EpochRecord, FitResult, fit
-from small_models import digits_data, small_architecture
+from small_models import digits_splits, small_architecture
 
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
 def splits() -> dict[str, PreparedSplit]:
-    preprocessing = small_architecture().preprocessing
-    return {name: split.prepare(preprocessing, cache=True) for name, split in digits_data().splits.items()}
+    return digits_splits()
 
 
 def _fit(

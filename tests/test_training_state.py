@@ -21,7 +21,7 @@ from edgecompress.models import build
 from edgecompress.recipe import TrainingSettings
 from edgecompress.training import EpochRecord, FitResult, fit
 from edgecompress.training_state import PhaseState, Progress, State
-from small_models import digits_data, small_architecture
+from small_models import digits_splits, small_architecture
 
 _EVERYTHING = {
     "epochs": 3,
@@ -39,8 +39,7 @@ class _CrashError(Exception):
 
 @pytest.fixture(scope="module")
 def splits() -> dict[str, PreparedSplit]:
-    preprocessing = small_architecture().preprocessing
-    return {name: split.prepare(preprocessing, cache=True) for name, split in digits_data().splits.items()}
+    return digits_splits()
 
 
 def _fit(
