@@ -21,7 +21,7 @@ import typer
 from typer.core import TyperGroup
 
 from edgecompress import console
-from edgecompress.errors import EXIT_GATE_MISSED, EXIT_OK, ConfigurationError, EdgeCompressError
+from edgecompress.errors import EXIT_GATE_MISSED, EXIT_OK, EXIT_STAGE_FAILED, ConfigurationError, EdgeCompressError
 
 if TYPE_CHECKING:
     from edgecompress.pipeline import Outcome
@@ -136,6 +136,14 @@ def profile(
     target: TargetOption,
     run: RunArgument = None,
     seconds: SecondsOption = 20.0,
+    host: Annotated[str | None, typer.Option("--host", help="Measure there, over SSH: user@device.")] = None,
+    host_python: Annotated[
+        str | None, typer.Option("--host-python", help="The device's Python; left out, the target's device.python.")
+    ] = None,
+    ssh: Annotated[str, typer.Option("--ssh", help="The command that connects, e.g. 'ssh -p 2222'.")] = "ssh",
+    results: Annotated[
+        Path | None, typer.Option("--results", help="Judge what a bundle's bench.py wrote on a device.")
+    ] = None,
     as_json: JsonOption = False,
     no_gate: NoGateOption = False,
     quiet: QuietOption = False,
@@ -144,9 +152,15 @@ def profile(
 
     def work() -> Outcome:
         _check_run_and_target(run, target)
+        from edgecompress.remote import Host
+        from edgecompress.target import load_target
+
+        if host is not None and results is not None:
+            raise ConfigurationError("--host and --results: give one of them; the first measures, the second has")
+        device = Host.of(load_target(target), host, python=host_python, ssh=ssh) if results is None else None
         from edgecompress import pipeline
 
-        return pipeline.profile(run, target=target, seconds=seconds)
+        return pipeline.profile(run, target=target, seconds=seconds, host=device, results=results)
 
     _finish(work, lambda outcome: next(iter(outcome.profiles.values())), as_json, no_gate, quiet)
 
@@ -207,6 +221,59 @@ def run_command(
         )
 
     _finish(work, lambda outcome: outcome.manifest, as_json, no_gate, quiet)
+
+
+@app.command()
+def bundle(
+    target: TargetOption,
+    run: RunArgument = None,
+    output: Annotated[Path | None, typer.Option("--output", help="Where to write; left out, RUN/bundle.")] = None,
+    preprocessing: Annotated[
+        bool, typer.Option("--preprocessing/--no-preprocessing", help="Resize and normalize inside the models.")
+    ] = True,
+    as_json: JsonOption = False,
+    no_gate: NoGateOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Write one folder and one archive that a device runs with numpy and ONNX Runtime alone."""
+    console.set_quiet(quiet)
+    with _reporting_errors(as_json):
+        _check_run_and_target(run, target)
+        _silence_library_logs()
+        with contextlib.redirect_stdout(sys.stderr):
+            from edgecompress import pipeline
+            from edgecompress.device.infer import self_test_lines
+
+            outcome, made = pipeline.bundle(run, target=target, output=output, preprocessing_inside=preprocessing)
+        if as_json:
+            places = {"folder": str(made.folder), "archive": str(made.archive), "caution": made.caution}
+            _print_json({**made.manifest, **places})
+        else:
+            lines = [*filter(None, [made.caution]), *(f"self-test {line}" for line in self_test_lines(made.self_test))]
+            for line in [*lines, f"bundle:  {made.folder}", f"archive: {made.archive}"]:
+                typer.echo(line)
+        raise typer.Exit(EXIT_GATE_MISSED if outcome.missed and not no_gate else EXIT_OK)
+
+
+@app.command()
+def verify(
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="A bundle, its archive, or a run directory.")],
+    as_json: JsonOption = False,
+    no_gate: NoGateOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Check every file against the manifest, then a bundle's answers; end with 1 where anything differs."""
+    console.set_quiet(quiet)
+    with _reporting_errors(as_json):
+        from edgecompress.verify import verify as check
+
+        found = check(path)
+        if as_json:
+            _print_json(found.to_dict())
+        else:
+            for line in found.lines():
+                typer.echo(line)
+        raise typer.Exit(EXIT_OK if found.ok else EXIT_STAGE_FAILED)
 
 
 @app.command()

@@ -19,12 +19,14 @@ from pathlib import Path
 
 from edgecompress import console, workers
 from edgecompress.apply_run import apply_recipe, start_manifest
+from edgecompress.bundle import Bundle, write_bundle
 from edgecompress.debug_run import debug_run
 from edgecompress.errors import ConfigurationError, InputError, RunError
 from edgecompress.export_run import export_folder, export_run
 from edgecompress.machine import own_target
 from edgecompress.profile_run import profile_run
 from edgecompress.recipe import Recipe, load_recipe
+from edgecompress.remote import Host
 from edgecompress.report import ReportPaths, write_report
 from edgecompress.run_directory import RUNS_ROOT, Json, RunDirectory, new_run_path, open_run
 from edgecompress.run_state import missed_gates, recipe_document
@@ -88,14 +90,25 @@ def export(
     return Outcome(run, manifest, missed_gates(manifest, resolved.name))
 
 
-def profile(path: Path | None, *, target: str, seconds: float = DEFAULT_PROFILE_SECONDS) -> Outcome:
-    """Measure a run's exported files on a target, judge them and write the report."""
+def profile(
+    path: Path | None,
+    *,
+    target: str,
+    seconds: float = DEFAULT_PROFILE_SECONDS,
+    host: Host | None = None,
+    results: Path | None = None,
+) -> Outcome:
+    """Measure a run's exported files on a target, here or on `host`, judge them and write the report.
+
+    `results` is what a bundle's bench.py wrote on a device; then nothing is measured.
+    """
     _check_seconds(seconds)
     run = open_run(path)
     resolved = load_target(target)
-    document = profile_run(run, resolved, folder=export_folder(run, resolved), seconds=seconds)
+    folder = export_folder(run, resolved)
+    document = profile_run(run, resolved, folder=folder, seconds=seconds, host=host, results=results)
     report = write_report(run, resolved.name)
-    return Outcome(run, run.read_manifest(), document["missed"], {resolved.name: document}, {resolved.name: report})
+    return Outcome(run, _with_artifacts(run), document["missed"], {resolved.name: document}, {resolved.name: report})
 
 
 def report(path: Path | None, *, target: str | None = None) -> Outcome:
@@ -105,7 +118,37 @@ def report(path: Path | None, *, target: str | None = None) -> Outcome:
     names = [load_target(target).name] if target else _profiled(run) or list(manifest.get("targets", []))
     if not names:
         raise RunError(f"{run.path}: no target yet; first: edgecompress profile {run.path} --target x86")
-    return Outcome(run, manifest, reports={name: write_report(run, name) for name in names})
+    reports = {name: write_report(run, name) for name in names}
+    return Outcome(run, _with_artifacts(run), reports=reports)
+
+
+def bundle(
+    path: Path | None, *, target: str, output: Path | None, preprocessing_inside: bool
+) -> tuple[Outcome, Bundle]:
+    """Write a run's bundle for a target into `output`, by default the run's own `bundle/`."""
+    run = open_run(path)
+    resolved = load_target(target)
+    made = write_bundle(
+        run,
+        resolved,
+        exported=export_folder(run, resolved),
+        output=output if output is not None else run.path / "bundle",
+        preprocessing_inside=preprocessing_inside,
+    )
+    manifest = _with_artifacts(run)
+    verdict = made.manifest["verdict"]
+    missed = [*verdict["gates_missed"], *verdict["missed"]]
+    missed += [
+        f"The bundle's {row['model']} fails its self-test on this machine."
+        for row in made.self_test
+        if not row["passed"]
+    ]
+    return Outcome(run, manifest, list(dict.fromkeys(missed))), made
+
+
+def _with_artifacts(run: RunDirectory) -> Json:
+    """The manifest, with the hashes of the files that the run holds now."""
+    return run.update_manifest(lambda m: m.update(artifacts=run.artifacts()))
 
 
 def sensitivity(path: Path | None, *, images: int) -> tuple[Outcome, Json]:
@@ -156,7 +199,7 @@ def run(
     # The report is written last, so that it says "complete".
     for target in resolved:
         reports[target.name] = write_report(directory, target.name)
-    manifest = directory.update_manifest(lambda m: m.update(artifacts=directory.artifacts()))
+    manifest = _with_artifacts(directory)
     judged = [name for name, profile in profiles.items() if profile["measured"]]
     missed = missed_gates(manifest, without_speed_on=judged)
     missed += [text for profile in profiles.values() for text in profile["missed"]]

@@ -11,20 +11,33 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from edgecompress.bench_results import measured_elsewhere, read_bench
+from edgecompress.bundle import fill_folder
 from edgecompress.checkpoint import rebuild
 from edgecompress.errors import RunError
 from edgecompress.export_run import BASELINE_FILE
 from edgecompress.profiling import profile_models
+from edgecompress.remote import Host, measure_on
 from edgecompress.run_directory import Json, RunDirectory, write_json
 from edgecompress.run_state import last_float_id, missed_gates, recipe_of
 from edgecompress.target import Target
 from edgecompress.verdict import decide
 
 
-def profile_run(run: RunDirectory, target: Target, *, folder: Path, seconds: float) -> Json:
+def profile_run(
+    run: RunDirectory,
+    target: Target,
+    *,
+    folder: Path,
+    seconds: float,
+    host: Host | None = None,
+    results: Path | None = None,
+) -> Json:
     """Measure the ONNX files of `folder` (int8 and baseline where there are any); returns the profile's document.
 
-    `seconds` bounds the time spent on latency. Raises RunError when nothing was exported for this target.
+    `seconds` bounds the time spent on latency. With `host` the device at the other end of SSH measures, and tests
+    itself first; `results` is a bench.json that a device wrote. Raises RunError when nothing was exported for this
+    target.
     """
     models = {"baseline": folder / BASELINE_FILE, "fp32": folder / "model.onnx", "int8": folder / "model.int8.onnx"}
     present = {name: path for name, path in models.items() if path.is_file()}
@@ -34,13 +47,18 @@ def profile_run(run: RunDirectory, target: Target, *, folder: Path, seconds: flo
             f"first: edgecompress export {run.path} --int8 --target {target.name}"
         )
     manifest = run.read_manifest()
-    with tempfile.TemporaryDirectory() as scratch:
-        inputs = _normalized_samples(run, manifest, folder, Path(scratch))
-        profile = profile_models(present, target=target, input_npy=inputs, seconds=seconds)
+    failed: list[str] = []
+    if host is None and results is None:
+        with tempfile.TemporaryDirectory() as scratch:
+            inputs = _normalized_samples(run, manifest, folder, Path(scratch))
+            profile = profile_models(present, target=target, input_npy=inputs, seconds=seconds)
+    else:
+        profile, failed = _profile_elsewhere(run, target, present, folder, seconds=seconds, host=host, results=results)
+    judged_speed = [target.name] if profile["measured"] else []
     verdict = decide(
         profile,
         target=target,
-        gates_missed=missed_gates(manifest, target.name, without_speed_on=[target.name] if profile["measured"] else []),
+        gates_missed=[*failed, *missed_gates(manifest, target.name, without_speed_on=judged_speed)],
         accuracy_drop=_accuracy_drop(manifest, "int8" in present),
     )
     judged = [] if "int8" in present else ["No int8 file was exported for this target; what is judged is fp32."]
@@ -53,6 +71,47 @@ def profile_run(run: RunDirectory, target: Target, *, folder: Path, seconds: flo
     write_json(run.profile_path(target.name), profile)
     run.update_manifest(lambda m: m.update(artifacts=run.artifacts()))
     return profile
+
+
+def _profile_elsewhere(
+    run: RunDirectory,
+    target: Target,
+    models: dict[str, Path],
+    folder: Path,
+    *,
+    seconds: float,
+    host: Host | None,
+    results: Path | None,
+) -> tuple[Json, list[str]]:
+    """The profile of what a device measured, and what its self-test found wrong.
+
+    What goes to a device are the exported files as they are, and the baseline, so that its figures can be set beside
+    those of this machine.
+    """
+    rows: list[Json] | None = None
+    if host is not None:
+        with tempfile.TemporaryDirectory(prefix="edgecompress-profile-") as scratch:
+            bundle = Path(scratch) / "bundle"
+            bundle.mkdir()
+            made = fill_folder(
+                bundle, run, target, exported=folder, name="bundle", preprocessing_inside=False, with_baseline=True
+            )
+            kept = run.profile_path(target.name).parent
+            found = measure_on(host, bundle, made, seconds=seconds, kept=kept)
+        bench, rows, place = found.bench, found.self_test, host.name
+    else:
+        assert results is not None
+        bench, place = read_bench(results), str(results)
+    elsewhere = measured_elsewhere(bench, models, target, place=place)
+    measured = {name: path for name, path in models.items() if name in elsewhere.fresh}
+    profile = profile_models(measured, target=target, input_npy=None, elsewhere=elsewhere)
+    profile["device"]["self_test"] = rows
+    failed = [
+        f"On {place} the {row['model']} model does not give the expected answers: {'; '.join(row['problems'])}."
+        for row in rows or []
+        if not row["passed"]
+    ]
+    return profile, failed
 
 
 def _normalized_samples(run: RunDirectory, manifest: Json, folder: Path, scratch: Path) -> Path | None:

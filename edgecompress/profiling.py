@@ -9,6 +9,7 @@ null, `measured` is false, and what the files themselves say (size, MACs, intege
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from edgecompress import console
 from edgecompress.complexity import compressed_size_bytes
 from edgecompress.errors import ProfileError
 from edgecompress.integer_graph import inspect_integer_graph
-from edgecompress.machine import describe_machine, fits, has_vnni, summarize_machine, usable_cpus, versions
+from edgecompress.machine import VNNI_FEATURES, describe_machine, fits, summarize_machine, usable_cpus, versions
 from edgecompress.measuring import (
     NARROW_ENOUGH,
     WINDOW_MS,
@@ -37,14 +38,33 @@ _MODELS = ("baseline", "fp32", "int8")
 Json = dict[str, Any]
 
 
+@dataclass(frozen=True)
+class Elsewhere:
+    """What was measured on another machine: `machine` is its `describe_machine`, `place` what to call it."""
+
+    place: str
+    machine: Json
+    versions: dict[str, str]
+    threads: int
+    fresh: dict[str, FreshMeasurement]
+    latency: LatencyMeasurement
+    notes: tuple[str, ...] = ()
+
+
 def profile_models(
-    models: Mapping[str, Path], *, target: Target, input_npy: Path | None, seconds: float = 30.0
+    models: Mapping[str, Path],
+    *,
+    target: Target,
+    input_npy: Path | None,
+    seconds: float = 30.0,
+    elsewhere: Elsewhere | None = None,
 ) -> Json:
     """Profile `fp32` and perhaps `int8` and `baseline` for a target; returns the document of `profile/<target>.json`.
 
     `input_npy` holds preprocessed images [N, ...]; `seconds` bounds the measuring of latency. Latencies are in
     ms, sizes in bytes, shares are fractions. `int8_speedup` compares one network in two forms (fp32 over int8),
-    `end_to_end_speedup` the baseline with what ships (int8 where there is one, else fp32). Raises ProfileError.
+    `end_to_end_speedup` the baseline with what ships (int8 where there is one, else fp32). With `elsewhere`, nothing is
+    measured here. Raises ProfileError.
     """
     if "fp32" not in models or set(models) - set(_MODELS):
         raise ProfileError(
@@ -52,8 +72,9 @@ def profile_models(
         )
     paths = {name: Path(models[name]) for name in _MODELS if name in models}
     static = {name: _static(path, target) for name, path in paths.items()}
-    reasons = not_at_hand(target)
-    machine = describe_machine()
+    here = describe_machine()
+    reasons = not_at_hand(target) if elsewhere is None else []
+    machine = here if elsewhere is None else elsewhere.machine
     document: Json = {
         "target": target.name,
         "measured": not reasons,
@@ -63,25 +84,32 @@ def profile_models(
             "is_target": not reasons,
             "machine": None if reasons else machine,
         },
-        "inspected_on": summarize_machine(machine),
-        "versions": versions(),
+        "inspected_on": summarize_machine(here),
+        "versions": versions() | ({} if elsewhere is None else elsewhere.versions),
         "models": {},
         "int8_speedup": {"ratio": None, "ci95": None},
         "end_to_end_speedup": {"ratio": None, "ci95": None},
         "int8_mac_coverage": static["int8"]["int8_mac_coverage"] if "int8" in static else None,
         "noise": None,
         "method": None,
-        "notes": _notes(target, measured=not reasons, machine=machine, has_images=input_npy is not None),
+        "notes": _notes(
+            target, measured=not reasons, machine=machine, has_images=input_npy is not None or elsewhere is not None
+        ),
     }
     if reasons:
         console.note(f"{target.name} is not at hand, so no latency is measured: {'; '.join(reasons)}")
         document["models"] = {name: {**_no_timing(), **facts} for name, facts in static.items()}
         return document
 
-    how: Json = {"threads": target.threads, "providers": target.providers, "input_npy": input_npy}
-    how["session"] = target.session_settings()
-    fresh = {name: measure_fresh(path, **how) for name, path in paths.items()}
-    latency = measure_latency(paths, seconds=seconds, **how)
+    if elsewhere is None:
+        how: Json = {"threads": target.threads, "providers": target.providers, "input_npy": input_npy}
+        how["session"] = target.session_settings()
+        fresh = {name: measure_fresh(path, **how) for name, path in paths.items()}
+        latency = measure_latency(paths, seconds=seconds, **how)
+    else:
+        fresh, latency = elsewhere.fresh, elsewhere.latency
+        document["device"]["place"] = elsewhere.place
+        document["notes"] += elsewhere.notes
     document["models"] = {name: {**_timing(latency, name), **_loading(fresh[name]), **static[name]} for name in paths}
     if "int8" in paths:
         document["int8_speedup"] = _speedup(latency, "fp32", "int8")
@@ -223,7 +251,11 @@ def _notes(target: Target, *, measured: bool, machine: Json, has_images: bool) -
         if machine["architecture"] != target.architecture:
             notes.append(f"Operators were counted by ONNX Runtime on {machine['architecture']}.")
         return notes
-    if target.architecture == "x86_64" and target.int8.weight_bits == 7 and has_vnni():
+    if (
+        target.architecture == "x86_64"
+        and target.int8.weight_bits == 7
+        and set(VNNI_FEATURES) & set(machine["isa"] or ())
+    ):
         notes.append("The target describes a machine without VNNI; this one has it, so int8 may be faster here.")
     if target.isa and machine["isa"] is None:
         notes.append("This system does not list CPU features; that the machine has the target's is taken on trust.")

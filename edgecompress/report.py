@@ -40,7 +40,7 @@ def write_report(run: RunDirectory, target: str) -> ReportPaths:
     document = report_document(run, target)
     paths = ReportPaths(html=run.report_path(target, "html"), markdown=run.report_path(target, "md"))
     write_text(paths.html, _html_environment().get_template("report.html.j2").render(document))
-    write_text(paths.markdown, _markdown_environment().get_template("report.md.j2").render(document))
+    write_text(paths.markdown, markdown_environment().get_template("report.md.j2").render(document))
     return paths
 
 
@@ -82,7 +82,8 @@ def _html_environment() -> Environment:
 
 
 @functools.cache
-def _markdown_environment() -> Environment:
+def markdown_environment() -> Environment:
+    """Templates whose values come out as Markdown that shows just their characters."""
     finalize = lambda value: value if isinstance(value, Markup) else markdown_text(value)  # noqa: E731
     return _environment(finalize, {**_FILTERS, "prose": str, "code": _markdown_code})
 

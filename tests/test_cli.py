@@ -18,7 +18,8 @@ from edgecompress.errors import DataError, TrainingError
 from edgecompress.run_directory import RunDirectory
 from edgecompress.shipped import shipped_files, shipped_name, shipped_path
 
-COMMANDS = ["apply", "export", "profile", "report", "run"]
+COMMANDS = ["apply", "export", "profile", "report", "run"]  # those whose result is an Outcome
+OTHERS = ["bundle", "verify", "sensitivity", "debug-int8"]
 GROUPS = [f"{group} {command}" for group in ("recipes", "targets") for command in ("list", "show", "validate")]
 HEAVY = {
     "torch",
@@ -44,14 +45,14 @@ def python(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
 # ---- help and version
 
 
-@pytest.mark.parametrize("command", ["", *COMMANDS, "recipes", "targets", *GROUPS])
+@pytest.mark.parametrize("command", ["", *COMMANDS, *OTHERS, "recipes", "targets", *GROUPS])
 def test_every_command_has_help(command_line: CommandLine, command: str) -> None:
     answer = command_line(*command.split(), "--help")
     assert (answer.exit_code, answer.stderr) == (0, "")
     assert " ".join(["Usage:", *command.split()]).partition(" ")[2] in " ".join(answer.stdout.split())
 
 
-@pytest.mark.parametrize("command", [*COMMANDS, *GROUPS])
+@pytest.mark.parametrize("command", [*COMMANDS, *OTHERS, *GROUPS])
 def test_json_and_no_gate_work_on_every_command(command_line: CommandLine, command: str) -> None:
     text = command_line(*command.split(), "--help").stdout
     assert "--json" in text
@@ -61,7 +62,9 @@ def test_json_and_no_gate_work_on_every_command(command_line: CommandLine, comma
 def test_all_commands_are_listed_by_help_and_without_arguments(command_line: CommandLine) -> None:
     for arguments in ([], ["--help"]):
         answer = command_line(*arguments)
-        assert [name for name in (*COMMANDS, "recipes", "targets") if name not in answer.stdout + answer.stderr] == []
+        assert [
+            name for name in (*COMMANDS, *OTHERS, "recipes", "targets") if name not in answer.stdout + answer.stderr
+        ] == []
 
 
 @pytest.mark.parametrize(
