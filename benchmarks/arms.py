@@ -106,8 +106,19 @@ class _Runs:
         return min(arm.seeds or self.arguments.seeds, self.arguments.seeds)
 
     def results(self, arm: Arm) -> list[Result]:
-        files = (self._file(arm, seed) for seed in range(self._seeds(arm)))
-        return [json.loads(file.read_text(encoding="utf-8")) for file in files if file.is_file()]
+        found = []
+        for seed in range(self._seeds(arm)):
+            file = self._file(arm, seed)
+            if not file.is_file():
+                continue
+            result = json.loads(file.read_text(encoding="utf-8"))
+            if result["recipe"] != self._recorded(arm, seed):
+                raise SystemExit(f"{file}: made with other settings; give those, or another folder by --results")
+            found.append(result)
+        return found
+
+    def _recorded(self, arm: Arm, seed: int) -> Any:
+        return json.loads(json.dumps(_without_paths({**arm.recipe, "seed": seed})))
 
     def apply(self, arm: Arm, seed: int) -> Any:
         """The manifest of an arm's run, complete; nothing is trained twice."""
@@ -145,7 +156,7 @@ class _Runs:
             "seed": seed,
             **{key: stages[arm.stage].get(key) for key in _KEPT},
             "stages": {name: {key: stage.get(key) for key in _KEPT} for name, stage in stages.items()},
-            "recipe": _without_paths({**arm.recipe, "seed": seed}),
+            "recipe": self._recorded(arm, seed),
             "data": manifest["data"]["fingerprint"],
             "machine": summarize_machine(describe_machine()),
             "versions": versions(),
@@ -161,12 +172,13 @@ def _slug(name: str) -> str:
 
 
 def _without_paths(value: Any) -> Any:
-    """The recipe without the folders of this machine: of a path, its last part."""
+    """The recipe without the folders of a machine: of a path, its last part."""
     if isinstance(value, Mapping):
         return {key: _without_paths(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_without_paths(item) for item in value]
-    return Path(value).name if isinstance(value, str) and value.startswith("/") else value
+    is_path = isinstance(value, str) and "/" in value and Path(value).exists()
+    return Path(value).name if is_path else value
 
 
 def stage_accuracy(results: Sequence[Result], stage: str | None = None) -> np.ndarray:

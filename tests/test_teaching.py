@@ -7,10 +7,20 @@ from pathlib import Path
 
 import pytest
 import safetensors.torch
+import torch
+from torch import Tensor
 
 from conftest import CommandLine
+from edgecompress.checkpoint import Checkpoint, example_input
 from edgecompress.errors import ConfigurationError
-from edgecompress.recipe import load_recipe
+from edgecompress.models import build
+from edgecompress.nets import resnet8
+from edgecompress.recipe import TrainingSettings, load_recipe
+from edgecompress.teacher_settings import TeacherSettings
+from edgecompress.teaching import teaching_loss
+from edgecompress.training import fit
+from edgecompress.training_state import PhaseState, Progress
+from small_models import digits_data, small_architecture
 
 TEACHER = {"kind": "train", "id": "teacher", "epochs": 1, "warmup_epochs": 0, "batch_size": 128}
 INT8 = {"kind": "quantize", "id": "int8", "placement": "full", "effort": "fast"}
@@ -125,11 +135,72 @@ def test_with_augmentation_the_teacher_sees_the_students_view(tmp_path: Path, co
 
 def test_a_teacher_of_other_classes_is_refused(tmp_path: Path, command_line: CommandLine) -> None:
     other = tmp_path / "other.safetensors"
-    from edgecompress.nets import resnet8
-
     safetensors.torch.save_file(resnet8(7, 1, width=8, input_size=8).state_dict(), other)
     model = NET | {"checkpoint": str(other)}
     answer = command_line("apply", _recipe(tmp_path, _distilled(stage=None, model=model)), "--output", "run")
     assert answer.exit_code == 2
     assert "7" in answer.stderr
     assert "class" in answer.stderr
+
+
+class _CrashError(Exception):
+    """Stands for a crash: raised between two steps."""
+
+
+@pytest.mark.slow
+def test_a_distillation_that_crashed_goes_on_to_identical_weights_and_adapters(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("edgecompress.training._SECONDS_BETWEEN_SAVES", 0.0)
+    architecture = small_architecture()
+    splits = {
+        name: split.prepare(architecture.preprocessing, cache=True) for name, split in digits_data().splits.items()
+    }
+    settings = TrainingSettings(epochs=2, batch_size=256)
+    torch.manual_seed(1)
+    teacher = Checkpoint(build(small_architecture(width=16)).eval(), small_architecture(width=16))
+
+    def train(state: PhaseState | None, crash_after: int | None = None) -> dict[str, Tensor]:
+        torch.manual_seed(0)
+        student = Checkpoint(build(architecture), architecture)
+        loss = teaching_loss(
+            settings,
+            TeacherSettings(stage="teacher", method="feature"),
+            [teacher],
+            student,
+            train=splits["train"],
+            precision="fp32",
+            seed=0,
+        )
+        torch.randn(7 if state else 3)  # what was drawn before must not matter
+        steps = 0
+
+        def after_step() -> None:
+            nonlocal steps
+            steps += 1
+            if steps == crash_after:
+                raise _CrashError
+
+        with loss.watching(student.module, example_input(architecture)):
+            fit(
+                student.module,
+                settings=settings,
+                epochs=2,
+                loss=loss,
+                train=splits["train"],
+                val=splits["val"],
+                preprocessing=architecture.preprocessing,
+                precision="fp32",
+                seed=0,
+                description="test",
+                after_step=after_step,
+                state=state,
+            )
+        return {**student.module.state_dict(), **loss.state_dict()}
+
+    whole, state = train(None), Progress(tmp_path).phase("test")
+    with pytest.raises(_CrashError):
+        train(state, crash_after=7)
+    resumed = train(state)
+    assert sum("adapters" in name for name in whole) == 6
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
