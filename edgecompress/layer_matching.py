@@ -7,6 +7,7 @@ model is changed; the adapters are this module's own parameters, trained along a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -120,7 +121,7 @@ def stage_ends(module: nn.Module, example: Tensor) -> list[LayerShape]:
 def pair_by_size(
     student: list[LayerShape], student_input: int, teacher: list[LayerShape], teacher_input: int
 ) -> tuple[tuple[LayerShape, LayerShape], ...]:
-    """Layers that shrink their input by the same factor; where no factor is shared, the last of each.
+    """The last layers after the same number of halvings of the input; where no number is shared, the last of each.
 
     Raises ConfigurationError when a model has no feature map at all.
     """
@@ -129,8 +130,10 @@ def pair_by_size(
         raise ConfigurationError(
             f"teacher.method feature: the {which} has no square feature map before its classifier; use dkd or relation"
         )
-    by_factor = {round(teacher_input / layer.side): layer for layer in teacher}
-    pairs = [(m, by_factor[f]) for m in student if (f := round(student_input / m.side)) in by_factor]
+    # Rounded, since a stride makes 4 of 7 and a pool makes 3 of it.
+    mine = {round(math.log2(student_input / layer.side)): layer for layer in student}
+    theirs = {round(math.log2(teacher_input / layer.side)): layer for layer in teacher}
+    pairs = [(mine[halvings], theirs[halvings]) for halvings in sorted(mine.keys() & theirs.keys())]
     return tuple(pairs) or ((student[-1], teacher[-1]),)
 
 

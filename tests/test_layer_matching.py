@@ -38,11 +38,16 @@ def test_a_convolution_that_classifies_is_no_stage_end() -> None:
     assert [end.name for end in stage_ends(net, EXAMPLE)] == ["0", "1"]
 
 
-def test_layers_pair_by_the_factor_they_shrink_by_whatever_the_input_size() -> None:
+def test_layers_pair_by_the_halvings_of_their_input_whatever_its_size() -> None:
     student = [LayerShape("a", 8, 16), LayerShape("b", 16, 8)]
     teacher = [LayerShape("x", 8, 112), LayerShape("y", 16, 56), LayerShape("z", 32, 28)]
     paired = pair_by_size(student, 32, teacher, 224)
     assert [(mine.name, theirs.name) for mine, theirs in paired] == [("a", "x"), ("b", "y")]
+
+
+def test_a_pool_that_rounds_down_pairs_with_a_stride_that_rounds_up() -> None:
+    paired = pair_by_size([LayerShape("a", 8, 7), LayerShape("b", 8, 3)], 14, [LayerShape("x", 8, 4)], 14)
+    assert [(mine.name, theirs.name) for mine, theirs in paired] == [("b", "x")]
 
 
 def test_where_no_factor_is_shared_the_last_layers_pair() -> None:
