@@ -9,7 +9,7 @@ One teacher is trained once, on a class-balanced share of the training images. T
 weights on a share of those, with the labels alone and with each method: the same images, epochs, batches and learning
 rate. So the teacher has seen more images than its student ever does, as one from a hub has; --teacher-samples 1000
 gives both the same. Augmentation is none, so that the teacher runs once over the images (`feature` apart, which reads
-its layers in every step). Weights and temperatures of the methods were chosen on val, with seed 0.
+its layers in every step).
 """
 
 from __future__ import annotations
@@ -19,12 +19,13 @@ from typing import Any
 
 from arms import INT8, Arm, Benchmark, paired_points, print_table, spread, stage_accuracy
 
-# Weights of the teacher's term and temperatures; each as published, or as close as one `alpha` for all allows.
+# As published, or as close as one `alpha` for all allows; but dkd's nontarget_weight is 2, as its published 8 did worse
+# than kd on val in a trial with 2,000 images.
 METHODS: dict[str, dict[str, Any]] = {
     "kd": {"method": "kd", "temperature": 4.0, "alpha": 0.9},
-    "dkd": {"method": "dkd", "temperature": 4.0, "alpha": 0.5},
+    "dkd": {"method": "dkd", "temperature": 4.0, "alpha": 0.7, "nontarget_weight": 2.0},
     "feature": {"method": "feature", "temperature": 4.0, "alpha": 0.9},
-    "relation": {"method": "relation", "temperature": 4.0, "alpha": 0.5},
+    "relation": {"method": "relation", "temperature": 4.0, "alpha": 0.7},
 }
 
 
