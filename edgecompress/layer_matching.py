@@ -75,13 +75,15 @@ class LayerMatcher(nn.Module):
         """
         terms = []
         for (mine, theirs), adapter in zip(self.pairs, self.adapters, strict=True):
-            student = _as_map(self._student_features.pop(mine.name, None), mine.name)
-            teacher = _as_map(self._teacher_features.pop(theirs.name, None), theirs.name)
+            student = _as_map(self._student_features.get(mine.name), mine.name)
+            teacher = _as_map(self._teacher_features.get(theirs.name), theirs.name)
             side = min(student.shape[-1], teacher.shape[-1])
             told = adapter(functional.adaptive_avg_pool2d(student, side))
             teacher = functional.adaptive_avg_pool2d(teacher, side)
             spread = (teacher - teacher.mean(dim=(0, 2, 3), keepdim=True)).square().mean()
             terms.append((told - teacher).square().mean() / spread.clamp(min=1e-12))
+        self._student_features.clear()  # a layer that does not run in the next step must not be taken for one that does
+        self._teacher_features.clear()
         return torch.stack(terms).mean()
 
     def describe(self) -> str:

@@ -117,7 +117,8 @@ def test_adapters_follow_a_student_that_loses_channels_and_start_the_same_whatev
 
 def test_different_architectures_and_flat_layers_match() -> None:
     student, teacher = student_cnn(10, 1, width=4, input_size=16).train(), _teacher()
-    matcher = LayerMatcher(teacher, example=EXAMPLE, layers={"flatten": "flatten", "features": "blocks"}, seed=0)
+    layers = {"flatten": "flatten", "features": "blocks", "features.6": "blocks"}  # one layer may teach several
+    matcher = LayerMatcher(teacher, example=EXAMPLE, layers=layers, seed=0)
     with matcher.watching(student, EXAMPLE):
         student.train()(torch.randn(4, 1, 16, 16))
         teacher(torch.randn(4, 1, 16, 16))
