@@ -51,8 +51,7 @@ from edgecompress.stages import PreparedSplits, StageContext, qat_stage, run_sta
 from edgecompress.target import Target
 from edgecompress.training import EpochRecord
 from edgecompress.training_state import Progress
-
-_DEFAULT_CHANNEL_MULTIPLE = 8
+from edgecompress.workers import agreed
 
 
 def start_manifest(recipe: Recipe, *, source: str, overrides: list[str], targets: list[str], command: str) -> Json:
@@ -251,11 +250,26 @@ def training_context(
         if key(line) not in written:  # a fit that goes on tells of its earlier epochs again
             run.append_metrics(line)
 
+    def decide(what: str, make: Callable[[], tuple[Json, str]]) -> Json:
+        def once() -> tuple[Json, str]:
+            known = decision_of(run.read_manifest(), what)
+            if known is None:
+                return make()
+            console.note(f"{what}: as recorded ({known['why']})")
+            return known["value"], known["why"]
+
+        value, why = agreed(once)
+        run.update_manifest(lambda m: record_decision(m, what, value, why))
+        return value
+
+    resolved = target or own_target()
     return StageContext(
         recipe=recipe,
         data=data,
         splits=splits,
-        channel_multiple=target.channel_multiple if target else _DEFAULT_CHANNEL_MULTIPLE,
+        channel_multiple=resolved.channel_multiple,
+        target=resolved,
+        decide=decide,
         earlier=earlier or (lambda stage_id: load_checkpoint(run.stage(stage_id))),
         on_epoch=log,
         progress=progress,

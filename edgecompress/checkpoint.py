@@ -18,9 +18,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from edgecompress.channel_groups import PruningRecord, replay_cuts
 from edgecompress.errors import RunError
 from edgecompress.models import Architecture, build
-from edgecompress.prune import PruningRecord, replay_history
 from edgecompress.run_directory import atomic_path, read_json, write_text
 
 FORMAT_VERSION = 1
@@ -69,7 +69,7 @@ def rebuild(folder: Path) -> tuple[Checkpoint, dict[str, Any]]:
     except (KeyError, TypeError, ValueError) as error:
         raise RunError(f"{folder / 'model.json'}: not a model description: {error!r}") from error
     module = build(architecture)
-    replay_history(module, example_input(architecture), history)
+    replay_cuts(module, example_input(architecture), history)
     return Checkpoint(module.eval(), architecture, history), description
 
 

@@ -1,33 +1,32 @@
-"""Pruning: removing channels (structured), or zeroing weights and holding them at zero (unstructured).
+"""Pruning channels: how many each coupled group keeps, and which.
 
-What enters: a module and how much to remove. What leaves: the module changed in place and, for channels, the
-history from which the same cut can be made again on a fresh module. Which tensors shrink together is torch-pruning's
-dependency graph (Fang et al., 2023, "DepGraph"). A step that removes nothing is an error, never a success.
+What enters: a module, a prune stage's settings and some training images. What leaves: the module changed in place,
+and the history from which the same cuts can be made again on a fresh module. Counts are rounded to the nearest multiple
+that the target's kernels like, and no layer loses more than `max_layer_ratio` of its channels.
 """
 
 from __future__ import annotations
 
 import copy
 import fnmatch
-from collections.abc import Iterable, Sequence
-from typing import Any
+import math
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
-import torch_pruning
 from torch import Tensor, nn
-from torch.nn import functional
 
-from edgecompress.complexity import WEIGHT_LAYERS, weight_layers
-from edgecompress.configuration import did_you_mean
-from edgecompress.errors import ConfigurationError, PruningError
+from edgecompress.channel_groups import ChannelGroups, CoupledGroup, PruningRecord, matching, protected_layers
+from edgecompress.channel_importance import scores
+from edgecompress.complexity import weight_layers
+from edgecompress.errors import ConfigurationError
 from edgecompress.recipe import PruneStage
 
-PruningRecord = tuple[str, bool, tuple[int, ...]]
-"""(module name, whether output channels, indices removed), one cut of a coupled group."""
+Widths = dict[str, int]
+"""Channels that each coupled group keeps, by the group's name."""
 
 
 class ChannelPruner:
-    """Cuts channels of `module` in `stage.steps` steps towards `stage.channel_ratio`."""
+    """Plans how many channels each group of `module` keeps, and cuts it to a plan, in one step or several."""
 
     def __init__(
         self,
@@ -38,103 +37,139 @@ class ChannelPruner:
         example: Tensor,
         scoring_batches: Sequence[tuple[Tensor, Tensor]],
     ) -> None:
-        """`scoring_batches` are normalized images and labels, used by importance: taylor only."""
+        """`scoring_batches` are normalized images and labels, read by importance taylor and hessian alone.
+
+        Raises PruningError where the channels cannot be traced, ConfigurationError for globs that do not fit.
+        """
         self.module = module.eval()
         self.stage = stage
-        self._scoring_batches = scoring_batches
-        protected = [weight_layers(module)[name] for name in protected_layers(module, example, stage.exclude)]
-        try:
-            self._pruner = torch_pruning.pruner.BasePruner(
-                module,
-                example,
-                importance=_importance(stage.importance, module),
-                global_pruning=stage.scope == "global",
-                pruning_ratio=stage.channel_ratio,
-                max_pruning_ratio=stage.max_layer_ratio,
-                iterative_steps=stage.steps,
-                ignored_layers=protected,
-                round_to=channel_multiple,
-            )
-        except Exception as error:  # the tracer raises many unrelated types for graphs it cannot follow
-            raise PruningError(
-                f"stage {stage.id}: the model's channels cannot be traced ({type(error).__name__}: {error}); "
-                "use method: unstructured, or another architecture"
-            ) from error
+        self.multiple = channel_multiple
+        self.example = example
+        self._batches = scoring_batches
+        self.protected = protected_layers(module, example, stage.exclude)
+        self._groups = ChannelGroups(module, example, protected=self.protected)
+        self.initial = {group.name: group for group in self._groups.current()}
+        self._own_ratios = _ratios_by_group(stage, list(self.initial.values()), list(weight_layers(module)))
+        self.unscored: tuple[str, ...] = ()
 
-    def step(self) -> None:
-        """Remove one step's channels."""
-        if self.stage.importance == "taylor":
-            _accumulate_gradients(self.module, self._scoring_batches)
-        with torch.no_grad():
-            self._pruner.step()
-        self.module.zero_grad(set_to_none=True)
+    def score(self) -> dict[str, Tensor]:
+        """One score a unit of each group now: a channel, or one in each block of a grouped convolution."""
+        groups = self._groups.current()
+        found = scores(self.module, groups, importance=self.stage.importance, batches=self._batches)
+        self.unscored = tuple(group.name for group in groups if group.name not in found)
+        return {group.name: _by_unit(found[group.name], group) for group in groups if group.name in found}
+
+    def plan(self, ratio: float, scored: Mapping[str, Tensor], *, progress: float = 1.0) -> Widths:
+        """What each group keeps when `ratio` of the channels are removed; `progress` 0.5 is half of the way there.
+
+        Ranked over all groups, among isomorphic ones or in each, as the stage's `scope` says. Groups of `layer_ratios`
+        lose their own share.
+        """
+        pools: dict[str, list[str]] = {}
+        kept = {name: self.initial[name].channels for name in self.initial}
+        for name, group in self.initial.items():
+            if name in self._own_ratios:
+                kept[name] = self._rounded(group, group.channels * (1 - progress * self._own_ratios[name]))
+            elif name in scored:
+                key = {"layer": name, "isomorphic": group.shape, "global": ""}[self.stage.scope]
+                pools.setdefault(key, []).append(name)
+        for names in pools.values():
+            kept |= self._ranked(names, progress * ratio, scored)
+        return kept
+
+    def _ranked(self, names: Sequence[str], ratio: float, scored: Mapping[str, Tensor]) -> Widths:
+        """The highest scores of a pool stay, and of each group at least its floor."""
+        groups = [self.initial[name] for name in names]
+        if len(groups) == 1:
+            return {names[0]: self._rounded(groups[0], groups[0].channels * (1 - ratio))}
+        ranks = []
+        for group in groups:
+            ordered = scored[group.name].sort(descending=True).values.clone()
+            ordered[: math.ceil(self._floor(group) / group.blocks)] = math.inf
+            ranks.append(ordered)
+        total = round(sum(group.channels // group.blocks for group in groups) * (1 - ratio))
+        pooled = torch.cat(ranks)
+        stays = torch.zeros(len(pooled), dtype=torch.bool)
+        # By rank and not by threshold, so that equal scores cannot remove more than was asked for.
+        stays[torch.argsort(pooled, descending=True, stable=True)[:total]] = True
+        parts = torch.split(stays, [len(rank) for rank in ranks])
+        return {
+            group.name: self._rounded(group, int(part.sum()) * group.blocks)
+            for group, part in zip(groups, parts, strict=True)
+        }
+
+    def _floor(self, group: CoupledGroup) -> float:
+        return max(1.0, group.channels * (1 - self.stage.max_layer_ratio) - 1e-9)
+
+    def _rounded(self, group: CoupledGroup, wanted: float) -> int:
+        """The nearest count that kernels like, between the group's floor and all of its channels; halves go down."""
+        unit = group.units(self.multiple)
+        nearest = math.ceil(wanted / unit - 0.5 - 1e-9) * unit
+        lowest = math.ceil(self._floor(group) / unit) * unit
+        return min(group.channels, max(nearest, lowest))
+
+    def part_of(self, final: Widths, progress: float) -> Widths:
+        """The counts on the way to `final`: at `progress` 0.5, half of what will go is gone."""
+        if progress >= 1:
+            return dict(final)
+        return {
+            name: self._rounded(group, group.channels - progress * (group.channels - final[name]))
+            for name, group in self.initial.items()
+        }
+
+    def cut_to(self, widths: Mapping[str, int], scored: Mapping[str, Tensor]) -> None:
+        """Remove the channels that score lowest until each group has its count. A group never grows back."""
+        for group in self._groups.current():
+            doomed = (group.channels - widths[group.name]) // group.blocks
+            if doomed > 0:
+                lowest = torch.argsort(scored[group.name], stable=True)[:doomed]
+                self._groups.cut(group, _in_every_block(lowest, group))
 
     @property
     def history(self) -> tuple[PruningRecord, ...]:
         """Every cut so far, in order."""
-        return tuple((str(n), bool(out), tuple(int(i) for i in idx)) for n, out, idx in self._pruner.pruning_history())
+        return self._groups.history
 
 
-def replay_history(module: nn.Module, example: Tensor, history: Iterable[PruningRecord]) -> None:
-    """Make the cuts of `history` on a fresh `module`. Raises PruningError when they do not fit it."""
-    records = [(name, is_output, list(indices)) for name, is_output, indices in history]
-    if not records:
-        return
-    module.eval()
-    try:
-        graph = torch_pruning.DependencyGraph().build_dependency(module, example_inputs=example)
-        graph.load_pruning_history(records)
-    except Exception as error:  # damaged histories fail in torch-pruning in many unrelated ways
-        raise PruningError(f"the pruning history does not fit the architecture: {error!r}") from error
+def with_widths(module: nn.Module, example: Tensor, protected: Sequence[str], widths: Mapping[str, int]) -> nn.Module:
+    """A copy of `module` of this shape, to be counted or timed: which channels it keeps means nothing."""
+    copied = copy_of(module)
+    groups = ChannelGroups(copied, example, protected=protected)
+    for group in groups.current():
+        doomed = (group.channels - widths.get(group.name, group.channels)) // group.blocks
+        if doomed > 0:
+            groups.cut(group, _in_every_block(torch.arange(doomed), group))
+    return copied
 
 
-def protected_layers(module: nn.Module, example: Tensor, exclude: Sequence[str]) -> list[str]:
-    """Layers that keep every output channel: the classifier, and what `exclude` names.
-
-    Raises ConfigurationError for a glob that matches nothing.
-    """
-    names = list(weight_layers(module))
-    protected = {_last_layer(module, example)}
-    for pattern in exclude:
-        matches = fnmatch.filter(names, pattern)
-        if not matches:
-            raise ConfigurationError(f"exclude: '{pattern}' matches no layer{did_you_mean(pattern, names)}")
-        protected.update(matches)
-    return sorted(protected)
+def _by_unit(score: Tensor, group: CoupledGroup) -> Tensor:
+    return score.view(group.blocks, -1).mean(dim=0)
 
 
-def _last_layer(module: nn.Module, example: Tensor) -> str:
-    """The weight layer that runs last, whose outputs are the classes."""
-    order: list[str] = []
-    handles = [
-        layer.register_forward_hook(lambda *_, name=name: order.append(name))
-        for name, layer in weight_layers(module).items()
-    ]
-    try:
-        with torch.no_grad():
-            module(example)
-    finally:
-        for handle in handles:
-            handle.remove()
-    if not order:
-        raise PruningError("the model has no convolution or linear layer to prune")
-    return order[-1]
+def _in_every_block(units: Tensor, group: CoupledGroup) -> list[int]:
+    size = group.channels // group.blocks
+    return [int(unit) + block * size for block in range(group.blocks) for unit in units]
 
 
-def _importance(name: str, module: nn.Module) -> Any:
-    if name == "taylor":
-        return torch_pruning.importance.GroupTaylorImportance()
-    if name == "bn_scale":
-        if not any(isinstance(child, nn.BatchNorm2d) for child in module.modules()):
-            raise PruningError("importance: bn_scale needs batch norm, and the model has none; use magnitude")
-        return torch_pruning.importance.BNScaleImportance()
-    return torch_pruning.importance.GroupMagnitudeImportance(p=2)
-
-
-def _accumulate_gradients(module: nn.Module, batches: Sequence[tuple[Tensor, Tensor]]) -> None:
-    module.zero_grad(set_to_none=True)
-    for images, labels in batches:
-        functional.cross_entropy(module(images), labels).backward()  # type: ignore[no-untyped-call]
+def _ratios_by_group(stage: PruneStage, groups: Sequence[CoupledGroup], layers: Sequence[str]) -> dict[str, float]:
+    """Each group's own ratio, of `layer_ratios`. Raises ConfigurationError where globs do not fit the model."""
+    matching(stage.layer_ratios, layers, field="layer_ratios")
+    found: dict[str, tuple[str, float]] = {}
+    for pattern, ratio in stage.layer_ratios.items():
+        matched = [group for group in groups if fnmatch.filter(group.producers, pattern)]
+        if not matched:
+            raise ConfigurationError(
+                f"stage {stage.id}: layer_ratios: '{pattern}' names only layers that keep their channels "
+                "(the classifier, exclude, or what they are added to); take it out"
+            )
+        for group in matched:
+            other, before = found.setdefault(group.name, (pattern, ratio))
+            if before != ratio:
+                raise ConfigurationError(
+                    f"stage {stage.id}: layer_ratios: '{other}' and '{pattern}' give different ratios to channels that "
+                    f"can only go together ({', '.join(group.producers)}); give them one ratio"
+                )
+    return {name: ratio for name, (_, ratio) in found.items()}
 
 
 def reestimate_batch_norm(module: nn.Module, batches: Iterable[Tensor]) -> None:
@@ -157,69 +192,6 @@ def reestimate_batch_norm(module: nn.Module, batches: Iterable[Tensor]) -> None:
     module.eval()
     for norm, momentum in zip(norms, momenta, strict=True):
         norm.momentum = momentum
-
-
-class WeightMasks:
-    """Zeroes the smallest weights and holds them at zero while finetuning goes on (L1 magnitude pruning)."""
-
-    def __init__(self, module: nn.Module, *, stage: PruneStage) -> None:
-        layers = weight_layers(module)
-        excluded: set[str] = set()
-        for pattern in stage.exclude:
-            matches = fnmatch.filter(layers, pattern)
-            if not matches:
-                raise ConfigurationError(f"exclude: '{pattern}' matches no layer{did_you_mean(pattern, layers)}")
-            excluded.update(matches)
-        self._weights = {name: _weight(layer) for name, layer in layers.items() if name not in excluded}
-        if not self._weights:
-            raise PruningError(f"stage {stage.id}: exclude leaves no layer to prune")
-        self._masks = {name: torch.ones_like(w, dtype=torch.bool) for name, w in self._weights.items()}
-        self._stage = stage
-
-    def step(self, number: int) -> None:
-        """Reach the sparsity of step `number` (1 is the first).
-
-        Each step removes the same share of what is left, 1 - (1 - s)^(k / steps) in total after k, the
-        schedule behind the paper's Table III.
-        """
-        assert self._stage.sparsity is not None
-        wanted = 1.0 - (1.0 - self._stage.sparsity) ** (number / self._stage.steps)
-        if self._stage.scope == "global":
-            self._prune_together(list(self._weights), wanted)
-        else:
-            for name in self._weights:
-                self._prune_together([name], wanted)
-        self.apply()
-
-    def _prune_together(self, names: list[str], fraction: float) -> None:
-        magnitudes = torch.cat([self._weights[name].detach().abs().flatten() for name in names])
-        count = round(fraction * magnitudes.numel())
-        # By rank and not by threshold, so that equal magnitudes cannot remove more than was asked for.
-        keep = torch.ones(magnitudes.numel(), dtype=torch.bool)
-        keep[torch.argsort(magnitudes, stable=True)[:count]] = False
-        parts = torch.split(keep, [self._weights[name].numel() for name in names])
-        for name, part in zip(names, parts, strict=True):
-            self._masks[name] = part.view_as(self._weights[name])
-
-    def apply(self) -> None:
-        """Put the zeros back; called after every optimizer step."""
-        with torch.no_grad():
-            for name, weight in self._weights.items():
-                self._masks[name] = self._masks[name].to(weight.device)
-                weight.mul_(self._masks[name])
-
-    @property
-    def sparsity(self) -> float:
-        """Fraction of masked weights among all that may be masked."""
-        masked = sum(int((~mask).sum()) for mask in self._masks.values())
-        return masked / sum(mask.numel() for mask in self._masks.values())
-
-
-def _weight(layer: nn.Module) -> nn.Parameter:
-    assert isinstance(layer, WEIGHT_LAYERS)
-    weight = layer.weight
-    assert isinstance(weight, nn.Parameter)
-    return weight
 
 
 def copy_of(module: nn.Module) -> nn.Module:

@@ -6,23 +6,30 @@ whose checkpoint is smaller or sparser, finetuned between the steps and after th
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
+from edgecompress import console
 from edgecompress.checkpoint import Checkpoint, example_input
 from edgecompress.complexity import Complexity, measure_complexity
 from edgecompress.data import PreparedSplit
 from edgecompress.errors import PruningError
+from edgecompress.latency_trial import latency_trials
 from edgecompress.preprocessing import Preprocessing
-from edgecompress.prune import ChannelPruner, WeightMasks, copy_of, reestimate_batch_norm
+from edgecompress.prune import ChannelPruner, Widths, copy_of, reestimate_batch_norm
+from edgecompress.ratio_search import EXPECTED_COUNTS, Plan, RatioSearch
 from edgecompress.recipe import PruneStage
-from edgecompress.stages import StageContext, StageOutcome, fit_stage, stage_loss
+from edgecompress.stages import Json, StageContext, StageOutcome, fit_stage, stage_loss
 from edgecompress.teaching import describe_teaching
+from edgecompress.weight_masks import WeightMasks
 
 # Batches of training images that score channels (taylor) and re-estimate batch norm. Enough for a mean to settle.
 _STATISTICS_BATCHES = 16
+
+# A plan that removes this much more than was asked for is worth a word: the channel multiple is coarse for so few.
+_OVERSHOOT = 0.03
 
 
 def prune_stage(stage: PruneStage, current: Checkpoint, context: StageContext) -> StageOutcome:
@@ -47,28 +54,83 @@ def prune_channels_stage(stage: PruneStage, current: Checkpoint, context: StageC
         example=example,
         scoring_batches=list(_statistics_batches(train, stage, architecture.preprocessing, context.recipe.seed)),
     )
+    widths_at = _widths_by_step(stage, pruner, current, context)
     pristine = Checkpoint(module, architecture, current.history)
     loss = stage_loss(stage, stage.teacher, pristine, context)
     spent = 0
     for step in range(1, stage.steps + 1):
-        pruner.step()
+        scored = pruner.score()
+        pruner.cut_to(widths_at(step / stage.steps, scored), scored)
         batches = _statistics_batches(train, stage, architecture.preprocessing, context.recipe.seed)
         reestimate_batch_norm(module, (images for images, _ in batches))
         epochs = stage.epochs if step == stage.steps else stage.epochs_between
         if epochs:
-            fit_stage(
-                stage, pristine, context, loss=loss, epochs=epochs, seed_offset=step, step=f"{step}/{stage.steps}"
-            )
+            label = f"{step}/{stage.steps}"
+            fit_stage(stage, pristine, context, loss=loss, epochs=epochs, seed_offset=step, step=label)
         spent += epochs
     after = measure_complexity(module, example)
     _require_removal(stage, before, after, multiple)
     history = current.history + pruner.history
+    unscored = f", {len(pruner.unscored)} groups without batch norm left whole" if pruner.unscored else ""
     summary = (
         f"removed {1 - after.macs / before.macs:.1%} of the MACs and {1 - after.params / before.params:.1%} of the "
-        f"parameters in {stage.steps} step(s), channels rounded to {multiple}; finetuned {spent} epochs"
+        f"parameters in {stage.steps} step(s) ({stage.scope} {stage.importance}), channels rounded to {multiple}"
+        f"{unscored}; finetuned {spent} epochs"
         f"{' with ' + describe_teaching(stage.teacher, loss, spent) if stage.teacher else ''}"
     )
     return StageOutcome(Checkpoint(module, architecture, history), spent, summary)
+
+
+WidthsAt = Callable[[float, dict[str, Tensor]], Widths]
+"""(share of the way, scores now) -> the channels that each group keeps."""
+
+
+def _widths_by_step(stage: PruneStage, pruner: ChannelPruner, current: Checkpoint, context: StageContext) -> WidthsAt:
+    """A channel ratio ranks anew at every step; other targets are planned once, before the first cut, and recorded."""
+    what, share = stage.target
+    if what == "channel":
+        return lambda progress, scored: pruner.plan(share, scored, progress=progress)
+    decided = context.decide(f"channels:{stage.id}", lambda: _planned(stage, pruner, current, context))
+    final: Widths = {name: int(count) for name, count in decided["widths"].items()}
+    if final.keys() != pruner.initial.keys():
+        raise PruningError(
+            f"stage {stage.id}: the channels recorded in run.json are those of another network; start a new run"
+        )
+    return lambda progress, scored: pruner.part_of(final, progress)
+
+
+def _planned(stage: PruneStage, pruner: ChannelPruner, current: Checkpoint, context: StageContext) -> tuple[Json, str]:
+    """The plan that reaches the stage's target, as a decision."""
+    what, share = stage.target
+    scored = pruner.score()
+    if what == "latency":
+        preprocessing = current.architecture.preprocessing
+        setting = f"stage {stage.id}: latency_ratio"
+        with latency_trials(current.module, preprocessing, context.target, what=setting) as latency_of:
+            plan = RatioSearch(pruner, scored).reaching_latency(share, latency_of)
+    else:
+        with console.progress(f"{stage.id}: planning {what}_ratio {share:g}", EXPECTED_COUNTS) as advance:
+            plan = RatioSearch(pruner, scored, on_count=advance).reaching(what, share)
+    why = f"{what}_ratio {share:g}: {_plan_words(plan)}"
+    console.note(f"stage {stage.id}: {why}")
+    if plan.removed(what) - share > _OVERSHOOT:
+        console.warn(
+            f"stage {stage.id}: {what}_ratio {share:g} asks for less than the {plan.removed(what):.1%} that go: "
+            f"channels go in multiples of {pruner.multiple}; a lower channel_multiple, or scope: global, comes closer"
+        )
+    target = {"what": what, "share": share, "target": context.target.name}
+    return {**plan.to_dict(), **target}, why
+
+
+def _plan_words(plan: Plan) -> str:
+    words = f"removes {plan.removed_macs:.1%} of the MACs, {plan.removed_params:.1%} of the parameters"
+    if plan.latency is None:
+        return words
+    low, high = 1 - plan.latency.high, 1 - plan.latency.low
+    return (
+        f"{words} and {plan.removed('latency'):.1%} of the float latency (95 % interval {low:.1%} to {high:.1%}, "
+        f"{len(plan.trials)} plans measured)"
+    )
 
 
 def prune_weights_stage(stage: PruneStage, current: Checkpoint, context: StageContext) -> StageOutcome:
@@ -106,8 +168,9 @@ def _statistics_batches(
 def _require_removal(stage: PruneStage, before: Complexity, after: Complexity, multiple: int) -> None:
     if after.params < before.params:
         return
+    what, share = stage.target
     raise PruningError(
-        f"stage {stage.id}: nothing was pruned: no layer lost a channel at channel_ratio {stage.channel_ratio}. "
-        f"Channels are rounded to multiples of {multiple} (channel_multiple); raise channel_ratio, lower "
-        "channel_multiple, or check exclude"
+        f"stage {stage.id}: nothing was pruned: no layer lost a channel at {what}_ratio {share:g}. Channel counts are "
+        f"rounded to the nearest multiple of {multiple} (channel_multiple); raise the ratio, lower channel_multiple, "
+        "or check exclude"
     )

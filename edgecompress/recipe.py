@@ -141,16 +141,35 @@ class DistillStage(TrainingSettings):
         return {**rest, "teacher": {**teacher, "method": document["method"]}}
 
 
+STRUCTURED_TARGETS = ("channel_ratio", "macs_ratio", "params_ratio", "latency_ratio")
+
+
 class PruneStage(TrainingSettings):
-    """Remove channels (structured) or zero weights (unstructured), finetuning between steps and after them."""
+    """Remove channels (structured) or zero weights (unstructured), finetuning between steps and after them.
+
+    Every ratio is the share to remove.
+    """
 
     kind: Literal["prune"]
     id: Identifier
     method: Literal["structured", "unstructured"] = "structured"
     channel_ratio: Fraction | None = Field(default=None, description="structured: share of channels to remove")
+    macs_ratio: Fraction | None = Field(
+        default=None, description="structured: share of the MACs to remove; the channel ratio for it is searched"
+    )
+    params_ratio: Fraction | None = Field(default=None, description="structured: share of the parameters to remove")
+    latency_ratio: Fraction | None = Field(
+        default=None, description="structured: share of the float latency to remove, measured on the target"
+    )
+    layer_ratios: dict[str, ClosedFraction] = Field(
+        default_factory=dict,
+        description="structured: layers, as globs, that lose a share of their own; alone, all others stay whole",
+    )
     sparsity: Fraction | None = Field(default=None, description="unstructured: share of weights to zero")
-    scope: Literal["global", "layer"] = Field(default="global", description="rank over all layers, or in each")
-    importance: Literal["magnitude", "bn_scale", "taylor"] = "magnitude"
+    scope: Literal["global", "isomorphic", "layer"] = Field(
+        default="global", description="rank over all layers, over layers of one pattern, or in each"
+    )
+    importance: Literal["magnitude", "bn_scale", "taylor", "lamp", "hessian"] = "magnitude"
     channel_multiple: PositiveInt | None = Field(default=None, description="left out, the target's")
     max_layer_ratio: Fraction = Field(default=0.9, description="no layer loses more than this share of its channels")
     steps: Annotated[int, Field(ge=1, le=100)] = Field(default=1, description="removals, each followed by finetuning")
@@ -161,17 +180,44 @@ class PruneStage(TrainingSettings):
     teacher: TeacherSettings | None = None
 
     @model_validator(mode="after")
-    def _ratio_of_the_method(self) -> PruneStage:
-        wanted, other = ("channel_ratio", "sparsity")
-        if self.method == "unstructured":
-            wanted, other = other, wanted
-        if getattr(self, wanted) is None:
-            raise ValueError(f"method {self.method} needs {wanted}, a fraction between 0 and 1")
-        if getattr(self, other) is not None:
-            raise ValueError(f"{other} does not belong to method {self.method}; use {wanted}")
-        if self.method == "unstructured" and self.importance != "magnitude":
+    def _target_of_the_method(self) -> PruneStage:
+        given = [name for name in STRUCTURED_TARGETS if getattr(self, name) is not None]
+        if self.method == "structured":
+            if self.sparsity is not None:
+                raise ValueError("sparsity does not belong to method structured; use channel_ratio or macs_ratio")
+            if len(given) > 1:
+                raise ValueError(f"{' and '.join(given)} are both given; keep one, the share to remove of one thing")
+            if not given and not self.layer_ratios:
+                raise ValueError(
+                    f"method structured needs one of {', '.join(STRUCTURED_TARGETS)}, the share to remove, a fraction "
+                    "between 0 and 1 (or layer_ratios alone)"
+                )
+            too_much = [name for name, ratio in self.layer_ratios.items() if ratio > self.max_layer_ratio]
+            if too_much:
+                raise ValueError(
+                    f"layer_ratios: '{too_much[0]}' loses {self.layer_ratios[too_much[0]]:g}, more than "
+                    f"max_layer_ratio {self.max_layer_ratio:g} allows; lower the one or raise the other"
+                )
+            return self
+        if self.sparsity is None:
+            raise ValueError("method unstructured needs sparsity, a fraction between 0 and 1")
+        foreign = [*given, *(["layer_ratios"] if self.layer_ratios else [])]
+        if foreign:
+            raise ValueError(f"{foreign[0]} does not belong to method unstructured; use sparsity")
+        if self.importance != "magnitude":
             raise ValueError("unstructured pruning ranks weights by magnitude (L1); leave importance out")
+        if self.scope == "isomorphic":
+            raise ValueError("scope isomorphic is about channels; use scope global or layer with method unstructured")
         return self
+
+    @property
+    def target(self) -> tuple[str, float]:
+        """What the stage is to remove, and which share of it; the channel ratio is 0 where layer_ratios stand alone."""
+        for name in STRUCTURED_TARGETS:
+            value = getattr(self, name)
+            if value is not None:
+                return name.removesuffix("_ratio"), float(value)
+        return "channel", 0.0
 
 
 class CalibrationSettings(FrozenSettings):

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any, Protocol
 
 import torch
 from torch.nn import functional
@@ -30,10 +31,13 @@ from edgecompress.recipe import (
     TrainingSettings,
     TrainStage,
 )
+from edgecompress.target import Target
 from edgecompress.teacher_settings import TeacherSettings
 from edgecompress.teaching import describe_teaching, open_teachers, teaching_loss
 from edgecompress.training import EpochRecord, FitResult, fit
 from edgecompress.training_state import Progress
+
+Json = dict[str, Any]
 
 # Quantization-aware training against the float model itself: its probabilities as they are, and no labels, which it
 # has already learned from.
@@ -56,6 +60,12 @@ class PreparedSplits:
         return self._prepared[key]
 
 
+class Decide(Protocol):
+    """Gives the value recorded under `what`, or makes and records it; `make` returns the value and why."""
+
+    def __call__(self, what: str, make: Callable[[], tuple[Json, str]]) -> Json: ...
+
+
 @dataclass(frozen=True)
 class StageContext:
     """What every stage may need beside its own settings."""
@@ -64,7 +74,10 @@ class StageContext:
     data: ImageData
     splits: PreparedSplits
     channel_multiple: int
+    target: Target
     earlier: Callable[[str], Checkpoint]
+    decide: Decide
+    """Keeps what is found by measuring, so that a run that goes on does not find something else."""
     on_epoch: Callable[[str, EpochRecord], None]
     """Called with the phase of the stage (a stage that cuts in steps fits several times) and each epoch's record."""
     progress: Progress | None = None

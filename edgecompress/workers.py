@@ -8,11 +8,16 @@ the run, the others work in a folder of their own that goes when they end.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator, PartialState
+from accelerate.utils import broadcast_object_list
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 def rank() -> int:
@@ -36,6 +41,17 @@ def wait_for_everyone() -> None:
     if world_size() > 1:
         connect()
         PartialState().wait_for_everyone()
+
+
+def agreed(make: Callable[[], T]) -> T:
+    """What the first process makes, in every process: what is measured differs from one to the next."""
+    if world_size() == 1:
+        return make()
+    connect()
+    made: list[Any] = [make() if rank() == 0 else None]
+    broadcast_object_list(made, from_process=0)
+    value: T = made[0]
+    return value
 
 
 class Workers:

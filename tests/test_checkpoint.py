@@ -18,12 +18,13 @@ def _pruned() -> Checkpoint:
     architecture = small_architecture(width=16)
     torch.manual_seed(0)
     module = build(architecture)
-    stage = PruneStage.model_validate({"kind": "prune", "id": "p", "channel_ratio": 0.5, "steps": 2})
+    stage = PruneStage.model_validate({"kind": "prune", "id": "p", "channel_ratio": 0.5})
     pruner = ChannelPruner(
         module, stage=stage, channel_multiple=4, example=example_input(architecture), scoring_batches=[]
     )
-    pruner.step()
-    pruner.step()
+    for progress in (0.5, 1.0):
+        scored = pruner.score()
+        pruner.cut_to(pruner.plan(0.5, scored, progress=progress), scored)
     return Checkpoint(module.eval(), architecture, pruner.history)
 
 

@@ -115,7 +115,20 @@ def test_ids_are_safe_as_folder_names(identifier: str) -> None:
 
 def test_pruning_needs_the_ratio_of_its_method() -> None:
     bare = {"id": "pruned", "kind": "prune"}
-    assert faults(bare) == ["stages.pruned: method structured needs channel_ratio, a fraction between 0 and 1"]
+    assert faults(bare) == [
+        "stages.pruned: method structured needs one of channel_ratio, macs_ratio, params_ratio, latency_ratio, "
+        "the share to remove, a fraction between 0 and 1 (or layer_ratios alone)"
+    ]
+    assert faults(bare | {"channel_ratio": 0.5, "macs_ratio": 0.5}) == [
+        "stages.pruned: channel_ratio and macs_ratio are both given; keep one, the share to remove of one thing"
+    ]
+    assert faults(bare | {"macs_ratio": 40}) == [
+        "stages.pruned.macs_ratio: 40 is not a fraction between 0 and 1; did you mean 0.4?"
+    ]
+    assert faults(bare | {"layer_ratios": {"conv": 0.95}}) == [
+        "stages.pruned: layer_ratios: 'conv' loses 0.95, more than max_layer_ratio 0.9 allows; "
+        "lower the one or raise the other"
+    ]
     assert faults(bare | {"method": "unstructured", "sparsity": 0.5, "channel_ratio": 0.5}) == [
         "stages.pruned: channel_ratio does not belong to method unstructured; use sparsity"
     ]
