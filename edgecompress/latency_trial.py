@@ -86,6 +86,7 @@ def latency_trials(
                 input_npy=None,
                 seconds=_SECONDS,
                 narrow_enough=_NARROW,
+                session=target.session_settings(),
             )
             ratio = measured.ratio("after", "before")
             before_ms, after_ms = (measured.percentile(name, 50).value for name in ("before", "after"))
