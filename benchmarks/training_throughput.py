@@ -29,8 +29,9 @@ from edgecompress.models import create_model
 from edgecompress.optimization import cosine_with_warmup
 from edgecompress.precision import resolve_precision
 from edgecompress.preprocessing import Preprocessing
-from edgecompress.recipe import DataSettings, ModelSettings, TrainingSettings
+from edgecompress.recipe import DataSettings, ModelSettings
 from edgecompress.training import EpochRecord, fit
+from edgecompress.training_settings import TrainingSettings
 
 
 def plain_epochs(

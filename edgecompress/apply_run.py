@@ -7,7 +7,7 @@ folder per stage and a manifest that is true after every stage, so that a run th
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -28,8 +28,9 @@ from edgecompress.models import CreatedModel, create_model
 from edgecompress.placement_run import Placed, confirmed, held_out, limits_of, place, with_float_layers
 from edgecompress.placement_trial import HeldOut
 from edgecompress.prune import copy_of
+from edgecompress.prune_settings import PruneStage
 from edgecompress.prune_stages import prune_stage
-from edgecompress.recipe import DistillStage, PruneStage, QatStage, QuantizeStage, Recipe, TrainingSettings, TrainStage
+from edgecompress.recipe import DistillStage, QatStage, QuantizeStage, Recipe, TrainStage
 from edgecompress.run_directory import SCHEMA_VERSION, Json, RunDirectory, write_json
 from edgecompress.run_state import (
     INITIAL,
@@ -47,11 +48,11 @@ from edgecompress.run_state import (
     seed_everything,
     speed_gate,
 )
-from edgecompress.stages import PreparedSplits, StageContext, qat_stage, run_stage
+from edgecompress.stages import PreparedSplits, qat_stage, run_stage
 from edgecompress.target import Target
-from edgecompress.training import EpochRecord
+from edgecompress.training_context import training_context
+from edgecompress.training_settings import TrainingSettings
 from edgecompress.training_state import Progress
-from edgecompress.workers import agreed
 
 
 def start_manifest(recipe: Recipe, *, source: str, overrides: list[str], targets: list[str], command: str) -> Json:
@@ -222,58 +223,6 @@ def _train(
 
 def _progress(run: RunDirectory, stage_id: str) -> Progress:
     return Progress(run.stage(stage_id) / "progress")
-
-
-def training_context(
-    recipe: Recipe,
-    run: RunDirectory,
-    data: ImageData,
-    splits: PreparedSplits,
-    target: Target | None,
-    labels: Json,
-    *,
-    earlier: Callable[[str], Checkpoint] | None = None,
-    progress: Progress | None = None,
-) -> StageContext:
-    """What a stage needs to train in this run; `labels` go into each of its lines in metrics.jsonl.
-
-    Left out, `earlier` reads an earlier stage from its folder. With `progress`, training goes on where it stopped.
-    """
-
-    def key(line: Json) -> tuple[object, ...]:
-        return tuple(line.get(name) for name in ("stage", "phase", "epoch"))
-
-    written = {key(line) for line in run.read_metrics()} if progress else set()
-
-    def log(phase: str, record: EpochRecord) -> None:
-        line = {**labels, "phase": phase, **record.__dict__}
-        if key(line) not in written:  # a fit that goes on tells of its earlier epochs again
-            run.append_metrics(line)
-
-    def decide(what: str, make: Callable[[], tuple[Json, str]]) -> Json:
-        def once() -> tuple[Json, str]:
-            known = decision_of(run.read_manifest(), what)
-            if known is None:
-                return make()
-            console.note(f"{what}: as recorded ({known['why']})")
-            return known["value"], known["why"]
-
-        value, why = agreed(once)
-        run.update_manifest(lambda m: record_decision(m, what, value, why))
-        return value
-
-    resolved = target or own_target()
-    return StageContext(
-        recipe=recipe,
-        data=data,
-        splits=splits,
-        channel_multiple=resolved.channel_multiple,
-        target=resolved,
-        decide=decide,
-        earlier=earlier or (lambda stage_id: load_checkpoint(run.stage(stage_id))),
-        on_epoch=log,
-        progress=progress,
-    )
 
 
 def quantize_for(

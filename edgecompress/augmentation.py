@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 from torchvision.transforms import v2
 
-from edgecompress.recipe import AugmentSettings
+from edgecompress.training_settings import AugmentSettings
 
 # Images that share one draw of RandAugment: its operators work on whole tensors, and one draw for a whole batch would
 # be one operator a step.

@@ -52,10 +52,15 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
 
 def save_checkpoint(checkpoint: Checkpoint, folder: Path) -> None:
     """Write model.json and model.safetensors into `folder`."""
-    tensors = {name: t.detach().cpu().contiguous().clone() for name, t in checkpoint.module.state_dict().items()}
-    with atomic_path(folder / "model.safetensors") as temporary:
-        save_file(tensors, temporary)
+    save_weights(checkpoint.module, folder / "model.safetensors")
     write_text(folder / "model.json", json.dumps(describe(checkpoint), indent=2) + "\n")
+
+
+def save_weights(module: nn.Module, path: Path) -> None:
+    """Write the module's state to one safetensors file."""
+    tensors = {name: t.detach().cpu().contiguous().clone() for name, t in module.state_dict().items()}
+    with atomic_path(path) as temporary:
+        save_file(tensors, temporary)
 
 
 def rebuild(folder: Path) -> tuple[Checkpoint, dict[str, Any]]:

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from edgecompress import console
-from edgecompress.apply_run import quantize_for, training_context
+from edgecompress.apply_run import quantize_for
 from edgecompress.checkpoint import Checkpoint, example_input, load_checkpoint, rebuild
 from edgecompress.data import ImageData, open_data
 from edgecompress.evaluate import collect_logits
@@ -49,6 +49,7 @@ from edgecompress.run_state import (
 )
 from edgecompress.stages import PreparedSplits, qat_stage
 from edgecompress.target import Target
+from edgecompress.training_context import training_context
 
 _SAMPLE_IMAGES = 16
 BASELINE_FILE = "baseline.onnx"

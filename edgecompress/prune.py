@@ -19,7 +19,7 @@ from edgecompress.channel_groups import ChannelGroups, CoupledGroup, PruningReco
 from edgecompress.channel_importance import scores
 from edgecompress.complexity import weight_layers
 from edgecompress.errors import ConfigurationError
-from edgecompress.recipe import PruneStage
+from edgecompress.prune_settings import PruneStage
 
 Widths = dict[str, int]
 """Channels that each coupled group keeps, by the group's name."""

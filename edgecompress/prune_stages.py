@@ -19,8 +19,8 @@ from edgecompress.errors import PruningError
 from edgecompress.latency_trial import latency_trials
 from edgecompress.preprocessing import Preprocessing
 from edgecompress.prune import ChannelPruner, Widths, copy_of, reestimate_batch_norm
+from edgecompress.prune_settings import PruneStage
 from edgecompress.ratio_search import EXPECTED_COUNTS, Plan, RatioSearch
-from edgecompress.recipe import PruneStage
 from edgecompress.stages import Json, StageContext, StageOutcome, fit_stage, stage_loss
 from edgecompress.teaching import describe_teaching
 from edgecompress.weight_masks import WeightMasks
@@ -137,10 +137,16 @@ def prune_weights_stage(stage: PruneStage, current: Checkpoint, context: StageCo
     """Zero the smallest weights in steps, finetuning with the zeros held after each."""
     checkpoint = Checkpoint(copy_of(current.module), current.architecture, current.history)
     masks = WeightMasks(checkpoint.module, stage=stage)
-    loss = stage_loss(stage, stage.teacher, checkpoint, context)
+    if masks.skipped:
+        console.warn(f"stage {stage.id}: pattern {stage.pattern} does not fit the inputs of {', '.join(masks.skipped)}")
+    early = context.early_weights() if stage.rewind_epoch is not None else None
+    taught = stage_loss(stage, stage.teacher, checkpoint, context)
+    loss = masks.penalized(taught)
     spent = 0
     for step in range(1, stage.steps + 1):
         masks.step(step)
+        if early is not None:
+            masks.rewind(early)
         epochs = stage.epochs if step == stage.steps else stage.epochs_between
         if epochs:
             label = f"{step}/{stage.steps}"
@@ -148,9 +154,12 @@ def prune_weights_stage(stage: PruneStage, current: Checkpoint, context: StageCo
                 stage, checkpoint, context, loss=loss, epochs=epochs, seed_offset=step, step=label, after=masks.apply
             )
         spent += epochs
+    how = f"pattern {stage.pattern}" if stage.pattern else f"{stage.scope} L1 magnitude"
+    rewound = f", rewound to epoch {stage.rewind_epoch}" if early is not None else ""
+    penalty = f" with an {stage.regularization.upper()} penalty" if stage.regularization else ""
     summary = (
-        f"zeroed {masks.sparsity:.1%} of the weights ({stage.scope} L1 magnitude, {stage.steps} step(s)), "
-        f"finetuned {spent} epochs{' with ' + describe_teaching(stage.teacher, loss, spent) if stage.teacher else ''}; "
+        f"zeroed {masks.sparsity:.1%} of the weights ({how}, {stage.steps} step(s){rewound}), finetuned {spent} epochs"
+        f"{penalty}{' with ' + describe_teaching(stage.teacher, taught, spent) if stage.teacher else ''}; "
         "ONNX Runtime's CPU kernels gain no speed from it, compressed files shrink"
     )
     return StageOutcome(checkpoint, spent, summary)

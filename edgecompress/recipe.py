@@ -25,8 +25,10 @@ from edgecompress.configuration import (
 )
 from edgecompress.errors import ConfigurationError
 from edgecompress.model_settings import Identifier, ModelSettings
+from edgecompress.prune_settings import PruneStage
 from edgecompress.shipped import shipped_files, shipped_name, shipped_path
 from edgecompress.teacher_settings import TeacherSettings
+from edgecompress.training_settings import TrainingSettings
 
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 
@@ -45,74 +47,6 @@ class DataSettings(FrozenSettings):
     test_fraction: Fraction = Field(default=0.2, description="only for sources without a test split of their own")
     split_seed: Seed = 0
     max_train_samples: PositiveInt | None = Field(default=None, description="a seeded, class-balanced subset")
-
-
-class AugmentSettings(FrozenSettings):
-    """Random changes to training images, made on whole batches."""
-
-    horizontal_flip: bool = False
-    shift_pixels: Annotated[int, Field(ge=0, le=64)] = Field(
-        default=0, description="random shift by up to this many pixels in each direction"
-    )
-    crop_min_area: Annotated[float, Field(gt=0, lt=1)] | None = Field(
-        default=None, description="random square crops of between this share of the image and all of it"
-    )
-    randaugment_operations: Annotated[int, Field(ge=1, le=8)] = Field(
-        default=2, description="operations of one RandAugment draw"
-    )
-    randaugment_magnitude: Annotated[int, Field(ge=0, le=30)] | None = Field(
-        default=None, description="strength of RandAugment; left out, there is none"
-    )
-    erase_probability: ClosedFraction = Field(default=0.0, description="share of images that lose a random square")
-    mixup_alpha: Annotated[float, Field(ge=0)] = Field(default=0.0, description="mixup of image pairs; 0 for none")
-    cutmix_alpha: Annotated[float, Field(ge=0)] = Field(default=0.0, description="CutMix of image pairs; 0 for none")
-
-    @property
-    def is_none(self) -> bool:
-        """Whether every epoch sees every image as it is."""
-        return self == AugmentSettings(randaugment_operations=self.randaugment_operations)
-
-    @property
-    def mixes(self) -> bool:
-        """Whether images, and their labels with them, are mixed."""
-        return self.mixup_alpha > 0 or self.cutmix_alpha > 0
-
-
-class TrainingSettings(FrozenSettings):
-    """Settings of every stage that trains. One cosine schedule with a linear warm-up runs over `epochs`."""
-
-    epochs: Annotated[int, Field(ge=1)] = 20
-    batch_size: PositiveInt = 128
-    optimizer: Literal["sgd", "adamw"] = "sgd"
-    learning_rate: Annotated[float, Field(gt=0)] = 0.1
-    momentum: ClosedFraction = 0.9
-    weight_decay: Annotated[float, Field(ge=0)] = 5e-4
-    warmup_epochs: Annotated[float, Field(ge=0)] = 1.0
-    label_smoothing: ClosedFraction = 0.0
-    gradient_clip_norm: Annotated[float, Field(gt=0)] | None = None
-    ema_decay: Annotated[float, Field(gt=0, lt=1)] | None = Field(
-        default=None,
-        description="an exponential moving average of the weights is judged and handed on in their place",
-    )
-    keep: Literal["last", "best_val"] = Field(
-        default="last", description="which epoch's weights leave the stage; never chosen on test"
-    )
-    early_stop_epochs: PositiveInt | None = Field(
-        default=None, description="stop after this many epochs without a better val accuracy; needs keep: best_val"
-    )
-    augment: AugmentSettings = AugmentSettings()
-
-    @model_validator(mode="after")
-    def _warmup_fits(self) -> TrainingSettings:
-        if self.warmup_epochs >= self.epochs:
-            raise ValueError(
-                f"warmup_epochs ({self.warmup_epochs:g}) must be below epochs ({self.epochs}); set warmup_epochs: 0"
-            )
-        if self.early_stop_epochs is not None and self.keep != "best_val":
-            raise ValueError(
-                "early_stop_epochs needs keep: best_val, or the weights of a worse epoch would leave the stage"
-            )
-        return self
 
 
 class TrainStage(TrainingSettings):
@@ -139,85 +73,6 @@ class DistillStage(TrainingSettings):
         if teacher.get("method", document["method"]) != document["method"]:
             raise ValueError(f"method is {document['method']} and teacher.method is {teacher['method']}; keep one")
         return {**rest, "teacher": {**teacher, "method": document["method"]}}
-
-
-STRUCTURED_TARGETS = ("channel_ratio", "macs_ratio", "params_ratio", "latency_ratio")
-
-
-class PruneStage(TrainingSettings):
-    """Remove channels (structured) or zero weights (unstructured), finetuning between steps and after them.
-
-    Every ratio is the share to remove.
-    """
-
-    kind: Literal["prune"]
-    id: Identifier
-    method: Literal["structured", "unstructured"] = "structured"
-    channel_ratio: Fraction | None = Field(default=None, description="structured: share of channels to remove")
-    macs_ratio: Fraction | None = Field(
-        default=None, description="structured: share of the MACs to remove; the channel ratio for it is searched"
-    )
-    params_ratio: Fraction | None = Field(default=None, description="structured: share of the parameters to remove")
-    latency_ratio: Fraction | None = Field(
-        default=None, description="structured: share of the float latency to remove, measured on the target"
-    )
-    layer_ratios: dict[str, ClosedFraction] = Field(
-        default_factory=dict,
-        description="structured: layers, as globs, that lose a share of their own; alone, all others stay whole",
-    )
-    sparsity: Fraction | None = Field(default=None, description="unstructured: share of weights to zero")
-    scope: Literal["global", "isomorphic", "layer"] = Field(
-        default="global", description="rank over all layers, over layers of one pattern, or in each"
-    )
-    importance: Literal["magnitude", "bn_scale", "taylor", "lamp", "hessian"] = "magnitude"
-    channel_multiple: PositiveInt | None = Field(default=None, description="left out, the target's")
-    max_layer_ratio: Fraction = Field(default=0.9, description="no layer loses more than this share of its channels")
-    steps: Annotated[int, Field(ge=1, le=100)] = Field(default=1, description="removals, each followed by finetuning")
-    epochs_between: Annotated[int, Field(ge=0)] = Field(
-        default=1, description="finetuning epochs after each step but the last; the last gets `epochs`"
-    )
-    exclude: tuple[str, ...] = Field(default=(), description="module names, as globs, that keep every channel")
-    teacher: TeacherSettings | None = None
-
-    @model_validator(mode="after")
-    def _target_of_the_method(self) -> PruneStage:
-        given = [name for name in STRUCTURED_TARGETS if getattr(self, name) is not None]
-        if self.method == "structured":
-            if self.sparsity is not None:
-                raise ValueError("sparsity does not belong to method structured; use channel_ratio or macs_ratio")
-            if len(given) > 1:
-                raise ValueError(f"{' and '.join(given)} are both given; keep one, the share to remove of one thing")
-            if not given and not self.layer_ratios:
-                raise ValueError(
-                    f"method structured needs one of {', '.join(STRUCTURED_TARGETS)}, the share to remove, a fraction "
-                    "between 0 and 1 (or layer_ratios alone)"
-                )
-            too_much = [name for name, ratio in self.layer_ratios.items() if ratio > self.max_layer_ratio]
-            if too_much:
-                raise ValueError(
-                    f"layer_ratios: '{too_much[0]}' loses {self.layer_ratios[too_much[0]]:g}, more than "
-                    f"max_layer_ratio {self.max_layer_ratio:g} allows; lower the one or raise the other"
-                )
-            return self
-        if self.sparsity is None:
-            raise ValueError("method unstructured needs sparsity, a fraction between 0 and 1")
-        foreign = [*given, *(["layer_ratios"] if self.layer_ratios else [])]
-        if foreign:
-            raise ValueError(f"{foreign[0]} does not belong to method unstructured; use sparsity")
-        if self.importance != "magnitude":
-            raise ValueError("unstructured pruning ranks weights by magnitude (L1); leave importance out")
-        if self.scope == "isomorphic":
-            raise ValueError("scope isomorphic is about channels; use scope global or layer with method unstructured")
-        return self
-
-    @property
-    def target(self) -> tuple[str, float]:
-        """What the stage is to remove, and which share of it; the channel ratio is 0 where layer_ratios stand alone."""
-        for name in STRUCTURED_TARGETS:
-            value = getattr(self, name)
-            if value is not None:
-                return name.removesuffix("_ratio"), float(value)
-        return "channel", 0.0
 
 
 class CalibrationSettings(FrozenSettings):
@@ -327,6 +182,18 @@ class Recipe(FrozenSettings):
             teacher = getattr(stage, "teacher", None)
             if isinstance(stage, TrainingSettings) and teacher is not None:
                 faults += [f"stages.{stage.id}.teacher{fault}" for fault in _teacher_faults(stage, teacher, seen)]
+            if isinstance(stage, PruneStage) and stage.rewind_epoch is not None:
+                before = self.stages[index - 1] if index else None
+                if not isinstance(before, TrainStage | DistillStage):
+                    faults.append(
+                        f"stages.{stage.id}.rewind_epoch: the stage before it must be train or distill, whose early "
+                        "weights are kept; leave rewind_epoch out"
+                    )
+                elif stage.rewind_epoch > before.epochs:
+                    faults.append(
+                        f"stages.{stage.id}.rewind_epoch: stage {before.id} has {before.epochs} epochs; "
+                        f"give one of 1 to {before.epochs}"
+                    )
             if isinstance(stage, QuantizeStage) and index != len(self.stages) - 1:
                 faults.append(f"stages.{stage.id}: {stage.kind} must be the last stage; move it to the end")
             seen.append(stage.id)

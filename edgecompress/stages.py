@@ -9,33 +9,34 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
 from torch.nn import functional
 
 from edgecompress import console
-from edgecompress.checkpoint import Checkpoint, example_input
+from edgecompress.checkpoint import Checkpoint, example_input, save_weights
 from edgecompress.data import ImageData, PreparedSplit
 from edgecompress.distill import TrainingLoss, label_loss
+from edgecompress.errors import RunError
 from edgecompress.evaluate import accuracy, collect_logits
 from edgecompress.int8.qat import TrainableInt8
 from edgecompress.int8.quantized_model import QuantizedModel
 from edgecompress.models import create_model
 from edgecompress.preprocessing import Preprocessing
 from edgecompress.prune import copy_of
-from edgecompress.recipe import (
-    DistillStage,
-    QatStage,
-    Recipe,
-    TrainingSettings,
-    TrainStage,
-)
+from edgecompress.recipe import DistillStage, QatStage, Recipe, TrainStage
 from edgecompress.target import Target
 from edgecompress.teacher_settings import TeacherSettings
 from edgecompress.teaching import describe_teaching, open_teachers, teaching_loss
 from edgecompress.training import EpochRecord, FitResult, fit
+from edgecompress.training_settings import TrainingSettings
 from edgecompress.training_state import Progress
+from edgecompress.workers import agreed
 
 Json = dict[str, Any]
 
@@ -82,6 +83,19 @@ class StageContext:
     """Called with the phase of the stage (a stage that cuts in steps fits several times) and each epoch's record."""
     progress: Progress | None = None
     """Where a fit saves how far it is; None saves nothing."""
+    early_path: Path | None = None
+    """Early weights that a prune stage goes back to, in the folder of the stage before it, which trained them."""
+    early_epoch: int | None = None
+    """The epoch of this stage whose weights are kept there; None keeps none."""
+
+    def early_weights(self) -> dict[str, Tensor]:
+        """The early weights of the stage before. Raises RunError where they are not there."""
+        path = self.early_path
+        assert path is not None
+        try:
+            return agreed(lambda: load_file(path))
+        except (OSError, SafetensorError) as error:
+            raise RunError(f"{path}: early weights cannot be read ({error}); start a new run") from error
 
 
 @dataclass(frozen=True)
@@ -207,6 +221,14 @@ def fit_stage(
     preprocessing = checkpoint.architecture.preprocessing
     identifier = str(getattr(stage, "id", "train"))
     description = f"{identifier} {step}".strip()
+
+    def on_epoch(record: EpochRecord) -> None:
+        path = context.early_path
+        # A fit that goes on tells of its earlier epochs again, with the weights of a later one.
+        if path is not None and record.epoch == context.early_epoch and not path.is_file():
+            save_weights(checkpoint.module, path)
+        context.on_epoch(step, record)
+
     with loss.watching(checkpoint.module, example_input(checkpoint.architecture)):
         return fit(
             checkpoint.module,
@@ -219,7 +241,7 @@ def fit_stage(
             precision=context.recipe.precision,
             seed=context.recipe.seed * 1009 + seed_offset,
             description=description,
-            on_epoch=partial(context.on_epoch, step),
+            on_epoch=on_epoch,
             after_step=after,
             state=context.progress.phase(description) if context.progress else None,
         )

@@ -178,6 +178,11 @@ class Target(FrozenSettings):
         default=(), description="CPUs that the process may run on, as the kernel numbers them; empty: any"
     )
     int8: Int8Scheme = Field(default=Int8Scheme(), description="the int8 scheme that its kernels want")
+    # Off a multiple of 4, float convolutions take 1.3 to 2.4 times as long as the next multiple up (3x3, depthwise):
+    # ONNX Runtime's blocked layout is lost. Blocks hold 8 floats with AVX2 and 16 with AVX-512, where odd multiples of
+    # 8 gain nothing in float (0.99 of the time of the next multiple of 16, with 0.79 of its MACs) and cost int8's
+    # depthwise layers (1.37). Still 8: int8's other layers gain (0.90 to 0.95), and nets with 16 channels could not be
+    # cut at all. Measured on an AVX-512 Xeon by benchmarks/channel_multiple.py --rounds 60, 2026-11-25.
     channel_multiple: PositiveInt = Field(default=8, description="channel counts are rounded to this when pruning")
     onnxruntime_min: Annotated[str, Field(pattern=r"^1\.\d+$")] = Field(
         default="1.17", description="the oldest onnxruntime release that must read the files"

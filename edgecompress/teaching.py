@@ -17,9 +17,9 @@ from edgecompress.layer_matching import LayerMatcher
 from edgecompress.models import create_model, resolve_architecture
 from edgecompress.precision import make_accelerator, resolve_precision
 from edgecompress.prune import copy_of
-from edgecompress.recipe import TrainingSettings
 from edgecompress.teacher import FrozenTeacher, TeacherView
 from edgecompress.teacher_settings import TeacherSettings
+from edgecompress.training_settings import TrainingSettings
 
 
 def open_teachers(settings: TeacherSettings, data: ImageData, earlier: Callable[[str], Checkpoint]) -> list[Checkpoint]:

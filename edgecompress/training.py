@@ -32,7 +32,7 @@ from edgecompress.interrupts import deferred_interrupt
 from edgecompress.optimization import cosine_with_warmup, make_average, make_optimizer
 from edgecompress.precision import MixedPrecision, fastest_layout, make_accelerator, resolve_precision
 from edgecompress.preprocessing import Preprocessing
-from edgecompress.recipe import TrainingSettings
+from edgecompress.training_settings import TrainingSettings
 from edgecompress.training_state import PhaseState, State
 from edgecompress.workers import Workers
 

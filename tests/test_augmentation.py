@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from edgecompress.augmentation import augment, mix
-from edgecompress.recipe import AugmentSettings
+from edgecompress.training_settings import AugmentSettings
 
 
 def test_augmentation_off_changes_nothing() -> None:

@@ -10,7 +10,7 @@ from edgecompress.checkpoint import Checkpoint, example_input, load_checkpoint, 
 from edgecompress.errors import RunError
 from edgecompress.models import build
 from edgecompress.prune import ChannelPruner
-from edgecompress.recipe import PruneStage
+from edgecompress.prune_settings import PruneStage
 from small_models import images, small_architecture
 
 

@@ -13,7 +13,7 @@ from edgecompress.channel_importance import scores
 from edgecompress.complexity import measure_complexity, weight_layers
 from edgecompress.errors import ConfigurationError, PruningError
 from edgecompress.prune import ChannelPruner, reestimate_batch_norm
-from edgecompress.recipe import PruneStage
+from edgecompress.prune_settings import PruneStage
 from small_models import TinyNet, images, tiny_net
 
 

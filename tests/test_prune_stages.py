@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from edgecompress import pipeline, prune_stages
 from edgecompress.checkpoint import load_checkpoint
@@ -97,3 +97,19 @@ def test_a_latency_ratio_is_measured_and_recorded(recipe: Recipes, tmp_path: Pat
 def test_a_target_out_of_reach_fails_the_stage(recipe: Recipes, tmp_path: Path) -> None:
     with pytest.raises(PruningError, match=r"macs_ratio 0.99 cannot be reached: at most \d\d.\d% of the MACs"):
         pipeline.apply(str(recipe("macs_ratio: 0.99, channel_multiple: 8")), output=tmp_path / "run")
+
+
+def test_a_lottery_ticket_starts_again_from_early_weights(recipe: Recipes, tmp_path: Path) -> None:
+    path = recipe("method: unstructured, sparsity: 0.5, rewind_epoch: 1, learning_rate: 1.0e-9, momentum: 0")
+    text = path.read_text().replace(
+        "stages:\n", "stages:\n  - {id: dense, kind: train, epochs: 2, warmup_epochs: 0, learning_rate: 0.05}\n"
+    )
+    path.write_text(text)
+    pipeline.apply(str(path), output=tmp_path / "run")
+    early = load_file(tmp_path / "run/stages/dense/early.safetensors")
+    late, pruned = (load_checkpoint(tmp_path / f"run/stages/{name}").module for name in ("dense", "pruned"))
+    found, trained = dict(pruned.named_parameters())["conv.weight"], dict(late.named_parameters())["conv.weight"]
+    left = found != 0
+    assert 0 < int(left.sum()) < left.numel()
+    assert torch.allclose(found[left], early["conv.weight"][left], atol=1e-6)  # finetuned at next to no rate
+    assert not torch.allclose(found[left], trained[left], atol=1e-4)

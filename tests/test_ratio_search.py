@@ -11,8 +11,8 @@ from edgecompress.latency_trial import LatencyShare, latency_trials
 from edgecompress.machine import own_target
 from edgecompress.preprocessing import Preprocessing
 from edgecompress.prune import ChannelPruner
+from edgecompress.prune_settings import PruneStage
 from edgecompress.ratio_search import RatioSearch
-from edgecompress.recipe import PruneStage
 from edgecompress.target import load_target
 from small_models import images, tiny_net
 

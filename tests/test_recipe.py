@@ -10,7 +10,8 @@ import pytest
 
 from edgecompress.configuration import validate
 from edgecompress.errors import ConfigurationError
-from edgecompress.recipe import PruneStage, QuantizeStage, Recipe, find_recipe, load_recipe
+from edgecompress.prune_settings import PruneStage
+from edgecompress.recipe import QuantizeStage, Recipe, find_recipe, load_recipe
 from edgecompress.shipped import shipped_files
 
 TRAIN = {"id": "dense", "kind": "train"}
@@ -135,9 +136,32 @@ def test_pruning_needs_the_ratio_of_its_method() -> None:
     assert faults(bare | {"method": "unstructured", "sparsity": 0.5, "importance": "taylor"}) == [
         "stages.pruned: unstructured pruning ranks weights by magnitude (L1); leave importance out"
     ]
+    unstructured = bare | {"method": "unstructured"}
+    assert faults(unstructured | {"pattern": 124}) == [
+        'stages.pruned.pattern: 124 is no pattern; write N:M in quotes, for instance "2:4" (pattern: "2:4")'
+    ]
+    assert faults(unstructured | {"pattern": "4:4"}) == [
+        "stages.pruned.pattern: 4:4 keeps 4 of 4, so nothing is zeroed; for instance 2:4"
+    ]
+    assert faults(unstructured | {"pattern": "2:4", "sparsity": 0.5}) == [
+        "stages.pruned: sparsity and pattern are both given; keep one, a pattern sets the sparsity itself"
+    ]
+    assert faults(bare | {"channel_ratio": 0.5, "regularization": "l1"}) == [
+        "stages.pruned: regularization does not belong to method structured; use it with method unstructured"
+    ]
     stage = make(bare | {"method": "unstructured", "sparsity": 0.5}).stages[0]
     assert isinstance(stage, PruneStage)
     assert (stage.sparsity, stage.channel_ratio) == (0.5, None)
+
+
+def test_rewinding_needs_a_stage_that_trains_before_it() -> None:
+    rewound = PRUNE | {"method": "unstructured", "channel_ratio": None, "sparsity": 0.5, "rewind_epoch": 3}
+    assert make(TRAIN | {"epochs": 3}, rewound).stages[1].id == "pruned"
+    assert faults(TRAIN | {"epochs": 2}, rewound) == [
+        "stages.pruned.rewind_epoch: stage dense has 2 epochs; give one of 1 to 2"
+    ]
+    (fault,) = faults(rewound)
+    assert "the stage before it must be train or distill" in fault
 
 
 def test_weights_have_one_source() -> None:

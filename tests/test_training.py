@@ -11,8 +11,8 @@ from edgecompress.distill import LossFunction, TrainingBatch, label_loss
 from edgecompress.errors import TrainingError
 from edgecompress.models import build
 from edgecompress.precision import resolve_precision
-from edgecompress.recipe import TrainingSettings
 from edgecompress.training import EpochRecord, FitResult, fit
+from edgecompress.training_settings import TrainingSettings
 from small_models import digits_splits, small_architecture
 
 pytestmark = pytest.mark.slow

@@ -18,8 +18,8 @@ from edgecompress.data import PreparedSplit
 from edgecompress.distill import TrainingBatch, label_loss
 from edgecompress.errors import RunError
 from edgecompress.models import build
-from edgecompress.recipe import TrainingSettings
 from edgecompress.training import EpochRecord, FitResult, fit
+from edgecompress.training_settings import TrainingSettings
 from edgecompress.training_state import PhaseState, Progress, State
 from small_models import digits_splits, small_architecture
 
