@@ -20,6 +20,8 @@ from edgecompress.checkpoint import Checkpoint, describe, example_input, load_ch
 from edgecompress.data import ImageData, calibration_indices, open_data
 from edgecompress.errors import RunError
 from edgecompress.evaluate import collect_logits
+from edgecompress.factorize_settings import FactorizeStage
+from edgecompress.factorize_stage import factorize_stage
 from edgecompress.int8.post_training import quantize
 from edgecompress.int8.quantized_model import QuantizedModel, save_quantized
 from edgecompress.int8.scheme import Scheme, resolve_scheme
@@ -199,7 +201,7 @@ def _evaluate(
 
 def _train(
     recipe: Recipe,
-    stage: TrainStage | DistillStage | PruneStage,
+    stage: TrainStage | DistillStage | PruneStage | FactorizeStage,
     run: RunDirectory,
     current: Checkpoint,
     data: ImageData,
@@ -211,9 +213,12 @@ def _train(
     context = training_context(
         recipe, run, data, splits, target, labels, earlier=earlier.__getitem__, progress=_progress(run, stage.id)
     )
-    outcome = (
-        prune_stage(stage, current, context) if isinstance(stage, PruneStage) else run_stage(stage, current, context)
-    )
+    if isinstance(stage, PruneStage):
+        outcome = prune_stage(stage, current, context)
+    elif isinstance(stage, FactorizeStage):
+        outcome = factorize_stage(stage, current, context)
+    else:
+        outcome = run_stage(stage, current, context)
     save_checkpoint(outcome.checkpoint, run.stage(stage.id))
     if workers.rank() != 0:
         return outcome.checkpoint, {}

@@ -1,4 +1,4 @@
-"""A float stage on disk: how to build the architecture, which channels were cut, and the weights.
+"""A float stage on disk: how to build the architecture, what was done to it since, and the weights.
 
 What enters: a module with its architecture and pruning history. What leaves: model.json and
 model.safetensors, from which exactly that module is made again. No pickled module is ever written or
@@ -8,7 +8,6 @@ read: code does not come out of a run directory.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,12 +17,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from edgecompress.channel_groups import PruningRecord, replay_cuts
 from edgecompress.errors import RunError
+from edgecompress.model_history import History, history_from_json, history_to_json, replay
 from edgecompress.models import Architecture, build
 from edgecompress.run_directory import atomic_path, read_json, write_text
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+_READABLE = (1, FORMAT_VERSION)  # version 1 knew only cuts of channels
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Checkpoint:
 
     module: nn.Module
     architecture: Architecture
-    history: tuple[PruningRecord, ...] = ()
+    history: History = ()
 
 
 def example_input(architecture: Architecture, batch: int = 2) -> torch.Tensor:
@@ -46,7 +46,7 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
     return {
         "format_version": FORMAT_VERSION,
         "architecture": checkpoint.architecture.to_dict(),
-        "history": [[name, is_output, list(indices)] for name, is_output, indices in checkpoint.history],
+        "history": history_to_json(checkpoint.history),
     }
 
 
@@ -64,17 +64,17 @@ def save_weights(module: nn.Module, path: Path) -> None:
 
 
 def rebuild(folder: Path) -> tuple[Checkpoint, dict[str, Any]]:
-    """The module of model.json with its channels cut but without its weights, and the file's content."""
+    """The module of model.json in its shape but without its weights, and the file's content."""
     description = read_json(folder / "model.json")
     try:
-        if description["format_version"] != FORMAT_VERSION:
-            raise RunError(f"{folder}: format_version {description['format_version']} is not {FORMAT_VERSION}")
+        if description["format_version"] not in _READABLE:
+            raise RunError(f"{folder}: format_version {description['format_version']} is newer than {FORMAT_VERSION}")
         architecture = Architecture.from_dict(description["architecture"])
-        history = _read_history(description["history"])
+        history = history_from_json(description["history"])
     except (KeyError, TypeError, ValueError) as error:
         raise RunError(f"{folder / 'model.json'}: not a model description: {error!r}") from error
     module = build(architecture)
-    replay_cuts(module, example_input(architecture), history)
+    replay(module, example_input(architecture), history)
     return Checkpoint(module.eval(), architecture, history), description
 
 
@@ -86,7 +86,3 @@ def load_checkpoint(folder: Path) -> Checkpoint:
     except (OSError, SafetensorError, RuntimeError) as error:
         raise RunError(f"{folder}: weights do not fit model.json: {str(error).splitlines()[0]}") from error
     return checkpoint
-
-
-def _read_history(entries: Sequence[Any]) -> tuple[PruningRecord, ...]:
-    return tuple((str(name), bool(is_output), tuple(int(i) for i in indices)) for name, is_output, indices in entries)

@@ -6,27 +6,22 @@ whose checkpoint is smaller or sparser, finetuned between the steps and after th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
-import torch
 from torch import Tensor
 
 from edgecompress import console
 from edgecompress.checkpoint import Checkpoint, example_input
 from edgecompress.complexity import Complexity, measure_complexity
-from edgecompress.data import PreparedSplit
 from edgecompress.errors import PruningError
 from edgecompress.latency_trial import latency_trials
-from edgecompress.preprocessing import Preprocessing
 from edgecompress.prune import ChannelPruner, Widths, copy_of, reestimate_batch_norm
 from edgecompress.prune_settings import PruneStage
 from edgecompress.ratio_search import EXPECTED_COUNTS, Plan, RatioSearch
 from edgecompress.stages import Json, StageContext, StageOutcome, fit_stage, stage_loss
+from edgecompress.statistics_batches import statistics_batches
 from edgecompress.teaching import describe_teaching
 from edgecompress.weight_masks import WeightMasks
-
-# Batches of training images that score channels (taylor) and re-estimate batch norm. Enough for a mean to settle.
-_STATISTICS_BATCHES = 16
 
 # A plan that removes this much more than was asked for is worth a word: the channel multiple is coarse for so few.
 _OVERSHOOT = 0.03
@@ -52,7 +47,9 @@ def prune_channels_stage(stage: PruneStage, current: Checkpoint, context: StageC
         stage=stage,
         channel_multiple=multiple,
         example=example,
-        scoring_batches=list(_statistics_batches(train, stage, architecture.preprocessing, context.recipe.seed)),
+        scoring_batches=list(
+            statistics_batches(train, architecture.preprocessing, stage.batch_size, context.recipe.seed)
+        ),
     )
     widths_at = _widths_by_step(stage, pruner, current, context)
     pristine = Checkpoint(module, architecture, current.history)
@@ -61,7 +58,7 @@ def prune_channels_stage(stage: PruneStage, current: Checkpoint, context: StageC
     for step in range(1, stage.steps + 1):
         scored = pruner.score()
         pruner.cut_to(widths_at(step / stage.steps, scored), scored)
-        batches = _statistics_batches(train, stage, architecture.preprocessing, context.recipe.seed)
+        batches = statistics_batches(train, architecture.preprocessing, stage.batch_size, context.recipe.seed)
         reestimate_batch_norm(module, (images for images, _ in batches))
         epochs = stage.epochs if step == stage.steps else stage.epochs_between
         if epochs:
@@ -163,15 +160,6 @@ def prune_weights_stage(stage: PruneStage, current: Checkpoint, context: StageCo
         "ONNX Runtime's CPU kernels gain no speed from it, compressed files shrink"
     )
     return StageOutcome(checkpoint, spent, summary)
-
-
-def _statistics_batches(
-    train: PreparedSplit, stage: PruneStage, preprocessing: Preprocessing, seed: int
-) -> Iterator[tuple[Tensor, Tensor]]:
-    generator = torch.Generator().manual_seed(seed)
-    indices = torch.randperm(len(train), generator=generator)[: stage.batch_size * _STATISTICS_BATCHES]
-    for images, labels in train.batches(stage.batch_size, indices=indices):
-        yield preprocessing.normalize(images), labels
 
 
 def _require_removal(stage: PruneStage, before: Complexity, after: Complexity, multiple: int) -> None:

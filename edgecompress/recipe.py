@@ -24,6 +24,7 @@ from edgecompress.configuration import (
     validate,
 )
 from edgecompress.errors import ConfigurationError
+from edgecompress.factorize_settings import FactorizeStage
 from edgecompress.model_settings import Identifier, ModelSettings
 from edgecompress.prune_settings import PruneStage
 from edgecompress.shipped import shipped_files, shipped_name, shipped_path
@@ -138,7 +139,9 @@ class QatStage(TrainingSettings, QuantizeStage):
     teacher: TeacherSettings | None = None
 
 
-Stage = Annotated[TrainStage | DistillStage | PruneStage | QuantizeStage | QatStage, Field(discriminator="kind")]
+Stage = Annotated[
+    TrainStage | DistillStage | PruneStage | FactorizeStage | QuantizeStage | QatStage, Field(discriminator="kind")
+]
 
 
 class Gates(FrozenSettings):
