@@ -79,8 +79,8 @@ def test_sums_too_large_for_float32_are_exact(tmp_path: Path) -> None:
         wide[2].weight.copy_(torch.full((4, 1536, 1, 1), 0.5) + 0.002 * torch.randn(4, 1536, 1, 1))
     model = quantized(wide.eval())
     simulation = model.simulation()
-    widths = {str(layer.weight.dtype) for layer in simulation.children() if hasattr(layer, "weight")}
-    assert widths == {"torch.float32", "torch.float64"}
+    parts = [sum(name.startswith("weight_") for name, _ in layer.named_buffers()) for layer in simulation.children()]
+    assert max(parts) > 1, "the test must reach sums that float32 cannot hold"
     export(model.graph, tmp_path / "net.onnx")
     inputs = images(16, seed=5)
     with torch.no_grad():
