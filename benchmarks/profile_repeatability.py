@@ -85,7 +85,7 @@ def report(folder: Path, runs: int, console: Console) -> bool:
         wanted = pooled if kind == "pair" else 1.0
         table = Table(title=f"{label}: {len(found)} of {runs} measurements, pooled ratio {pooled:.4f}")
         for heading in ("run", "ratio", "95 % interval", "holds", "processes", "steady", "fp32", "time"):
-            table.add_column(heading, justify="right")
+            table.add_column(heading, justify="right", no_wrap=True)
         held = 0
         for index, one in enumerate(found):
             low, high = one["ci95"]
@@ -131,7 +131,7 @@ def main() -> int:
             path = arguments.folder / f"{kind}-{index:02d}.json"
             if not path.is_file() and time.monotonic() - started < arguments.most_seconds:
                 write_json(path, measure(kind, fp32, int8, target, arguments.seconds))
-    console = Console(highlight=False)
+    console = Console(highlight=False, width=110)
     console.print(f"{summarize_machine(describe_machine())}; onnxruntime {versions().get('onnxruntime')}")
     return 0 if report(arguments.folder, arguments.runs, console) else 1
 

@@ -69,7 +69,12 @@ ResumeOption = Annotated[bool, typer.Option("--resume/--no-resume", help="Go on 
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
 NoGateOption = Annotated[bool, typer.Option("--no-gate", help="End with 0 where a gate or budget was missed.")]
 QuietOption = Annotated[bool, typer.Option("--quiet", help="Print warnings and the result only.")]
-SecondsOption = Annotated[float, typer.Option("--seconds", min=1.0, help="Time to spend on measuring latency.")]
+SecondsOption = Annotated[
+    float | None,
+    typer.Option("--seconds", min=1.0, help="Time limit for measuring latency: 20, --quick 4, --thorough 120."),
+]
+QuickOption = Annotated[bool, typer.Option("--quick", help="Measure for a few seconds; intervals are wide.")]
+ThoroughOption = Annotated[bool, typer.Option("--thorough", help="Measure for minutes; intervals are narrow.")]
 NameArgument = Annotated[str, typer.Argument(metavar="NAME", help="A shipped name or a file.")]
 
 
@@ -135,7 +140,9 @@ def export(
 def profile(
     target: TargetOption,
     run: RunArgument = None,
-    seconds: SecondsOption = 20.0,
+    seconds: SecondsOption = None,
+    quick: QuickOption = False,
+    thorough: ThoroughOption = False,
     host: Annotated[str | None, typer.Option("--host", help="Measure there, over SSH: user@device.")] = None,
     host_python: Annotated[
         str | None, typer.Option("--host-python", help="The device's Python; left out, the target's device.python.")
@@ -151,6 +158,7 @@ def profile(
     """Measure a run's exported files on ONNX Runtime and judge them against a target's budgets."""
 
     def work() -> Outcome:
+        thoroughness = _thoroughness(quick, thorough)
         _check_run_and_target(run, target)
         from edgecompress.remote import Host
         from edgecompress.target import load_target
@@ -160,7 +168,9 @@ def profile(
         device = Host.of(load_target(target), host, python=host_python, ssh=ssh) if results is None else None
         from edgecompress import pipeline
 
-        return pipeline.profile(run, target=target, seconds=seconds, host=device, results=results)
+        return pipeline.profile(
+            run, target=target, seconds=seconds, thoroughness=thoroughness, host=device, results=results
+        )
 
     _finish(work, lambda outcome: next(iter(outcome.profiles.values())), as_json, no_gate, quiet)
 
@@ -199,7 +209,9 @@ def run_command(
     overrides: SetOption = None,
     output: OutputOption = None,
     resume: ResumeOption = False,
-    seconds: SecondsOption = 20.0,
+    seconds: SecondsOption = None,
+    quick: QuickOption = False,
+    thorough: ThoroughOption = False,
     as_json: JsonOption = False,
     no_gate: NoGateOption = False,
     quiet: QuietOption = False,
@@ -207,6 +219,7 @@ def run_command(
     """Apply, export with int8, profile and report, in one go."""
 
     def work() -> Outcome:
+        thoroughness = _thoroughness(quick, thorough)
         _check_recipe_and_targets(recipe, overrides or (), targets)
         from edgecompress import pipeline
 
@@ -217,6 +230,7 @@ def run_command(
             output=output,
             resume=resume,
             seconds=seconds,
+            thoroughness=thoroughness,
             command=_command_line(),
         )
 
@@ -431,6 +445,12 @@ def detect_command(
             typer.echo(text, nl=False)
         else:
             typer.echo(f"target: {output}")
+
+
+def _thoroughness(quick: bool, thorough: bool) -> str:
+    if quick and thorough:
+        raise ConfigurationError("--quick and --thorough: give one of them, or neither")
+    return "quick" if quick else "thorough" if thorough else "standard"
 
 
 def _check_recipe_and_targets(recipe: str, overrides: Sequence[str], targets: Sequence[str]) -> None:

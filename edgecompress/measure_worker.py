@@ -22,7 +22,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import median
-from time import perf_counter, perf_counter_ns, sleep
+from time import get_clock_info, perf_counter, perf_counter_ns, process_time_ns, sleep, time
 from typing import Any
 
 import numpy as np
@@ -32,8 +32,10 @@ import onnxruntime as ort
 MIN_INFERENCES_PER_WINDOW = 3
 MAX_INFERENCES_PER_WINDOW = 500  # a tiny model would otherwise hand back megabytes of numbers
 MIN_ROUNDS = 4
-STEADY_WINDOWS = 3
-STEADY_FRACTION = 0.03  # windows this close to each other count as steady
+STEADY_WINDOWS = 8  # the last ones, whose halves are compared
+STEADY_FRACTION = 0.01  # a trend below this does not matter
+STEADY_DEVIATIONS = 3.0  # nor one that so many standard errors of the windows' own noise explain
+CLOCK_SECONDS = 1e-6  # a clock for the time on the CPU that ticks more coarsely says nothing about an inference
 WARM_UP_SHARE = 0.3  # of the time allowed; the rest measures
 REFERENCE_STEPS = 20_000  # about 1 ms of pure Python: no memory, no threads, the same work each time
 RANDOM_IMAGES = 4
@@ -167,22 +169,29 @@ class _Model:
         except ValueError as error:
             raise SystemExit(str(error)) from error
         self.next_feed = 0
+        self.on_cpu_ns = 0
+        self.window_on_cpu_ms: list[float] = []
 
     def infer_ns(self) -> int:
         feed = self.feeds[self.next_feed]
         self.next_feed = (self.next_feed + 1) % len(self.feeds)
         run = self.session.run
+        on_cpu = process_time_ns()
         start = perf_counter_ns()
         run(None, feed)
-        return perf_counter_ns() - start
+        spent = perf_counter_ns() - start
+        self.on_cpu_ns = process_time_ns() - on_cpu
+        return spent
 
-    def window(self, milliseconds: float) -> list[float]:
+    def window(self, milliseconds: float, *, at_least: int = MIN_INFERENCES_PER_WINDOW) -> list[float]:
         """Latencies in ms of repeated inferences over about `milliseconds`."""
         latencies: list[float] = []
+        self.window_on_cpu_ms = []
         deadline = perf_counter_ns() + int(milliseconds * 1e6)
         while len(latencies) < MAX_INFERENCES_PER_WINDOW:
             latencies.append(self.infer_ns() / 1e6)
-            if perf_counter_ns() >= deadline and len(latencies) >= MIN_INFERENCES_PER_WINDOW:
+            self.window_on_cpu_ms.append(self.on_cpu_ns / 1e6)
+            if perf_counter_ns() >= deadline and len(latencies) >= at_least:
                 break
         return latencies
 
@@ -196,21 +205,63 @@ def reference_ms() -> float:
     return (perf_counter_ns() - start) / 1e6
 
 
-def _is_steady(medians: list[float]) -> bool:
-    last = medians[-STEADY_WINDOWS:]
-    return len(last) == STEADY_WINDOWS and max(last) <= min(last) * (1 + STEADY_FRACTION)
+def is_steady(medians: list[float]) -> bool:
+    """Whether the last windows show no trend that their own noise does not explain.
+
+    Their earlier half is compared with their later half. The noise is taken from the differences of neighbours (von
+    Neumann, Annals of Mathematical Statistics 1941; as a test for steady state: Cao and Rhinehart, Journal of Process
+    Control 1995), which a trend hardly touches, so that noise alone never counts as warming up, however strong.
+    """
+    if len(medians) < STEADY_WINDOWS:
+        return False
+    last = np.log(medians[-STEADY_WINDOWS:])
+    half = STEADY_WINDOWS // 2
+    shift = abs(last[half:].mean() - last[:half].mean())
+    noise = np.sqrt(np.mean(np.diff(last) ** 2) / 2 * (2 / half))
+    return bool(shift <= max(STEADY_FRACTION, STEADY_DEVIATIONS * noise))
 
 
-def _warm_up(models: dict[str, _Model], window_ms: float, seconds: float) -> bool:
-    """Run windows until every model is steady or the time is spent. Returns whether all are steady."""
+def _warm_up(models: dict[str, _Model], window_ms: float, seconds: float, *, on_cpu: bool) -> bool:
+    """Run windows until every model is steady or the time is spent. Returns whether all are steady.
+
+    As many windows as the judgement needs are always run, however short the time. With `on_cpu` the time on the CPU is
+    judged: who else wants the CPU changes from moment to moment, and is not the model's warming up.
+    """
     medians: dict[str, list[float]] = {name: [] for name in models}
     deadline = perf_counter() + seconds
     while True:
         for name, model in models.items():
-            medians[name].append(median(model.window(window_ms)))
-        steady = all(_is_steady(values) for values in medians.values())
-        if steady or perf_counter() >= deadline:
+            latencies = model.window(window_ms, at_least=1)
+            medians[name].append(median(model.window_on_cpu_ms if on_cpu else latencies))
+        steady = all(is_steady(values) for values in medians.values())
+        enough = all(len(values) >= STEADY_WINDOWS for values in medians.values())
+        if steady or (enough and perf_counter() >= deadline):
             return steady
+
+
+def _frequency_files() -> list[Path]:
+    """Where the kernel tells the frequency of each CPU that this process may run on; empty where it does not."""
+    cpus = sorted(os.sched_getaffinity(0)) if sys.platform == "linux" else []
+    files = [Path(f"/sys/devices/system/cpu/cpu{cpu}/cpufreq/scaling_cur_freq") for cpu in cpus]
+    return [file for file in files if file.is_file()]
+
+
+def _megahertz(files: list[Path]) -> float | None:
+    """The highest frequency of these CPUs now: the others may be asleep."""
+    try:
+        return max((int(file.read_text(encoding="ascii")) / 1e3 for file in files), default=None)
+    except (OSError, ValueError):
+        return None
+
+
+def _runs_on_one_thread(settings: dict[str, Any]) -> bool:
+    """Whether an inference does all its work in the process's one busy thread, so that its time on the CPU is known."""
+    return (
+        int(settings["threads"]) == 1
+        and settings.get("execution", "sequential") == "sequential"
+        and list(settings["providers"]) == ["CPUExecutionProvider"]
+        and get_clock_info("process_time").resolution <= CLOCK_SECONDS
+    )
 
 
 def measure_latency(request: dict[str, Any]) -> dict[str, Any]:
@@ -220,20 +271,36 @@ def measure_latency(request: dict[str, Any]) -> dict[str, Any]:
     seconds, window_ms = float(request["seconds"]), float(request["window_ms"])
     own: dict[str, dict[str, Any]] = request.get("settings") or {}
     models = {name: _Model(request["models"][name], {**request, **own.get(name, {})}) for name in order}
+    alone = all(_runs_on_one_thread({**request, **own.get(name, {})}) for name in order)
     loaded = perf_counter()
-    steady = _warm_up(models, window_ms / 2, WARM_UP_SHARE * seconds)
+    steady = _warm_up(models, window_ms / 4, WARM_UP_SHARE * seconds, on_cpu=alone)
     warmed = perf_counter()
     windows: dict[str, list[list[float]]] = {name: [] for name in order}
     reference: list[float] = []
+    round_at: list[float] = []
+    frequencies: list[float | None] = []
+    files = _frequency_files()
+    on_cpu: dict[str, list[float]] = {name: [] for name in order}
+    spent: dict[str, float] = dict.fromkeys(order, 0.0)
+    ran: dict[str, float] = dict.fromkeys(order, 0.0)
     rounds = 0
     while rounds < MIN_ROUNDS or perf_counter() - loaded < seconds:
         for name in order if rounds % 2 == 0 else reversed(order):
             windows[name].append(models[name].window(window_ms))
+            on_cpu[name].append(median(models[name].window_on_cpu_ms))
+            spent[name] += sum(windows[name][-1])
+            ran[name] += sum(models[name].window_on_cpu_ms)
         reference.append(reference_ms())
+        frequencies.append(_megahertz(files))
+        round_at.append(time())
         rounds += 1
     return {
         "windows_ms": {name: [[round(value, 6) for value in w] for w in windows[name]] for name in order},
+        "on_cpu_ms": on_cpu if alone else None,
+        "on_cpu_share": {name: ran[name] / spent[name] for name in order} if alone else None,
         "reference_ms": reference,
+        "round_at": round_at,
+        "frequency_mhz": None if None in frequencies else frequencies,
         "steady": steady,
         "load_seconds": loaded - started,
         "warm_up_seconds": warmed - loaded,

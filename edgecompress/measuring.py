@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -30,8 +30,9 @@ from edgecompress.errors import ProfileError
 from edgecompress.statistics import (
     Interval,
     RatioInterval,
-    bootstrap_percentile_interval,
+    drift_over,
     hierarchical_bootstrap_ratio,
+    percentile_interval,
 )
 
 WORKER = "edgecompress.measure_worker"
@@ -53,11 +54,35 @@ Json = dict[str, Any]
 
 
 @dataclass(frozen=True)
+class Thoroughness:
+    """How long to measure: seconds allowed, the relative half-width that is narrow enough, and the fewest processes.
+
+    The seconds are a limit for the latency of all models together; the processes that an interval needs always run.
+    """
+
+    seconds: float
+    narrow_enough: float
+    processes: int
+
+
+STANDARD = "standard"
+THOROUGHNESS = {
+    "quick": Thoroughness(seconds=4.0, narrow_enough=0.05, processes=MIN_PROCESSES),
+    STANDARD: Thoroughness(seconds=20.0, narrow_enough=NARROW_ENOUGH, processes=MIN_PROCESSES),
+    "thorough": Thoroughness(seconds=120.0, narrow_enough=0.005, processes=12),
+}
+
+
+@dataclass(frozen=True)
 class LatencyMeasurement:
     """Latencies of models that ran side by side.
 
     `windows_ms[name][process][window]` is an array of latencies in ms, one per inference;
-    `reference_ms[process]` holds the fixed reference loop of each round.
+    `reference_ms[process]` holds the fixed reference loop of each round, `round_at[process]` when it ran (seconds since
+    1970), `frequency_mhz[process]` the CPU's frequency then, None where the system does not tell.
+    `on_cpu_ms[name][process]` is the median time for which an inference of each window really had a CPU, and
+    `on_cpu_shares[name]` the share of their time that the inferences of each process had one; None where more than one
+    thread works.
     """
 
     windows_ms: dict[str, list[list[Floats]]]
@@ -65,6 +90,10 @@ class LatencyMeasurement:
     steady_processes: int
     seconds: float
     stopped_because: str
+    round_at: list[Floats] = field(default_factory=list)
+    frequency_mhz: list[Floats] | None = None
+    on_cpu_ms: dict[str, list[Floats]] | None = None
+    on_cpu_shares: dict[str, Floats] | None = None
 
     @property
     def processes(self) -> int:
@@ -89,13 +118,30 @@ class LatencyMeasurement:
         return np.concatenate([window for process in self.windows_ms[name] for window in process])
 
     def ratio(self, slower: str, faster: str) -> RatioInterval:
-        """How many times as long `slower` takes as `faster`."""
-        medians = self.window_medians_ms
+        """How many times as long `slower` takes as `faster`.
+
+        Where one thread does all the work, its time on the CPU is compared. When other processes want the same CPU,
+        the system lets each have it for a few milliseconds in turn: a model that takes longer than a turn is nearly
+        always interrupted, a shorter one seldom, and the ratio of their latencies tells more of that than of them.
+        Where nothing else runs, the two are the same.
+        """
+        medians = self.window_medians_ms if self.on_cpu_ms is None else self.on_cpu_ms
         return hierarchical_bootstrap_ratio(medians[slower], medians[faster])
 
     def percentile(self, name: str, percentile: float) -> Interval:
         """A latency percentile of one model, in ms."""
-        return bootstrap_percentile_interval(self.windows_ms[name], percentile)
+        return percentile_interval(self.windows_ms[name], percentile)
+
+    def drift(self, name: str | None = None) -> Interval | None:
+        """Factor by which a model (None: the reference loop) got slower from the first process to the last.
+
+        None where too few processes ran, or their times are not known.
+        """
+        if len(self.round_at) != len(self.reference_ms):
+            return None
+        values = self.reference_ms if name is None else self.window_medians_ms[name]
+        at = [float(np.median(times)) for times in self.round_at]
+        return drift_over(at, [float(np.median(process)) for process in values])
 
     def to_dict(self) -> dict[str, Any]:
         """Every latency, ready for JSON; `from_dict` reads it back."""
@@ -109,6 +155,11 @@ class LatencyMeasurement:
             "steady_processes": self.steady_processes,
             "seconds": self.seconds,
             "stopped_because": self.stopped_because,
+            "round_at": [times.tolist() for times in self.round_at],
+            "on_cpu_ms": self.on_cpu_ms
+            and {name: [process.tolist() for process in processes] for name, processes in self.on_cpu_ms.items()},
+            "on_cpu_shares": self.on_cpu_shares and {name: s.tolist() for name, s in self.on_cpu_shares.items()},
+            "frequency_mhz": None if self.frequency_mhz is None else [f.tolist() for f in self.frequency_mhz],
         }
 
     @classmethod
@@ -118,8 +169,17 @@ class LatencyMeasurement:
             name: [[np.array(window, dtype=np.float64) for window in process] for process in processes]
             for name, processes in document["windows_ms"].items()
         }
-        reference = [np.array(loop, dtype=np.float64) for loop in document["reference_ms"]]
-        return cls(**{**document, "windows_ms": windows, "reference_ms": reference})
+        arrays: dict[str, Any] = {
+            key: None if document.get(key) is None else [np.array(row, dtype=np.float64) for row in document[key]]
+            for key in ("reference_ms", "round_at", "frequency_mhz")
+        }
+        if document.get("on_cpu_ms") is not None:
+            arrays["on_cpu_ms"] = {
+                name: [np.array(process, dtype=np.float64) for process in processes]
+                for name, processes in document["on_cpu_ms"].items()
+            }
+            arrays["on_cpu_shares"] = {name: np.array(s) for name, s in document["on_cpu_shares"].items()}
+        return cls(**{**document, **arrays, "windows_ms": windows})
 
 
 @dataclass(frozen=True)
@@ -286,6 +346,10 @@ def measure_latency(
     request |= {"settings": dict(settings or {}), "shapes": dict(shapes or {})}
     windows: dict[str, list[list[Floats]]] = {name: [] for name in paths}
     reference: list[Floats] = []
+    round_at: list[Floats] = []
+    frequency: list[Floats] = []
+    on_cpu: dict[str, list[Floats]] = {name: [] for name in paths}
+    shares: dict[str, list[float]] = {name: [] for name in paths}
     steady, started = 0, time.monotonic()
     what = what or " and ".join(paths)
     # Who is loaded first gets another memory layout, so processes take turns.
@@ -298,12 +362,30 @@ def measure_latency(
             for name in paths:
                 windows[name].append([np.array(window) for window in answer["windows_ms"][name]])
             reference.append(np.array(answer["reference_ms"]))
+            round_at.append(np.array(answer["round_at"]))
+            if answer["on_cpu_ms"] is not None:
+                for name in paths:
+                    on_cpu[name].append(np.array(answer["on_cpu_ms"][name]))
+                    shares[name].append(answer["on_cpu_share"][name])
+            if answer["frequency_mhz"] is not None:
+                frequency.append(np.array(answer["frequency_mhz"]))
             steady += bool(answer["steady"])
             spent = time.monotonic() - started
             if len(reference) < processes:
                 advance(1)
                 continue
-            so_far = LatencyMeasurement(dict(windows), list(reference), steady, spent, "")
+            every = len(reference)
+            so_far = LatencyMeasurement(
+                windows,
+                reference,
+                steady,
+                spent,
+                "",
+                round_at,
+                frequency if len(frequency) == every else None,
+                on_cpu if all(len(processes) == every for processes in on_cpu.values()) else None,
+                {name: np.array(values) for name, values in shares.items()} if shares[next(iter(paths))] else None,
+            )
             width = _widest(so_far)
             advance(1, f"{len(reference)} processes, interval +-{width:.1%}")
             reason = None
@@ -314,7 +396,7 @@ def measure_latency(
             elif spent * (1 + 1 / len(reference)) > seconds:
                 reason = f"the time allowed ({seconds:g} s) is spent; the 95 % interval is within {width:.1%}"
             if reason is not None:
-                return LatencyMeasurement(windows, reference, steady, spent, reason)
+                return replace(so_far, stopped_because=reason)
 
 
 def measure_fresh(

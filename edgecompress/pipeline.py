@@ -24,6 +24,7 @@ from edgecompress.debug_run import debug_run
 from edgecompress.errors import ConfigurationError, InputError, RunError
 from edgecompress.export_run import export_folder, export_run
 from edgecompress.machine import own_target
+from edgecompress.measuring import STANDARD, THOROUGHNESS
 from edgecompress.profile_run import profile_run
 from edgecompress.recipe import Recipe, load_recipe
 from edgecompress.remote import Host
@@ -33,8 +34,6 @@ from edgecompress.run_state import missed_gates, recipe_document
 from edgecompress.sensitivity_run import sensitivity_run
 from edgecompress.shipped import shipped_path
 from edgecompress.target import Target, load_target
-
-DEFAULT_PROFILE_SECONDS = 20.0
 
 
 @dataclass(frozen=True)
@@ -94,7 +93,8 @@ def profile(
     path: Path | None,
     *,
     target: str,
-    seconds: float = DEFAULT_PROFILE_SECONDS,
+    seconds: float | None = None,
+    thoroughness: str = STANDARD,
     host: Host | None = None,
     results: Path | None = None,
 ) -> Outcome:
@@ -102,11 +102,12 @@ def profile(
 
     `results` is what a bundle's bench.py wrote on a device; then nothing is measured.
     """
-    _check_seconds(seconds)
+    seconds = _seconds(seconds, thoroughness)
     run = open_run(path)
     resolved = load_target(target)
     folder = export_folder(run, resolved)
-    document = profile_run(run, resolved, folder=folder, seconds=seconds, host=host, results=results)
+    how: Json = {"seconds": seconds, "thoroughness": thoroughness, "host": host, "results": results}
+    document = profile_run(run, resolved, folder=folder, **how)
     report = write_report(run, resolved.name)
     return Outcome(run, _with_artifacts(run), document["missed"], {resolved.name: document}, {resolved.name: report})
 
@@ -172,11 +173,12 @@ def run(
     overrides: Sequence[str] = (),
     output: Path | None = None,
     resume: bool = False,
-    seconds: float = DEFAULT_PROFILE_SECONDS,
+    seconds: float | None = None,
+    thoroughness: str = STANDARD,
     command: str = "",
 ) -> Outcome:
     """Apply, export with int8, profile and report, for one target or several."""
-    _check_seconds(seconds)
+    seconds = _seconds(seconds, thoroughness)
     recipe = load_recipe(recipe_source, overrides)
     resolved = _load_targets(targets)
     names = [target.name for target in resolved]
@@ -190,12 +192,13 @@ def run(
         return _already_complete(directory)
     profiles: dict[str, Json] = {}
     reports: dict[str, ReportPaths] = {}
+    how: Json = {"seconds": seconds, "thoroughness": thoroughness}
     with _recorded(started):
         apply_recipe(recipe, directory, resolved[0])
         for target in resolved:
             folder = export_folder(directory, target)
             export_run(directory, target, int8=True)
-            profiles[target.name] = profile_run(directory, target, folder=folder, seconds=seconds)
+            profiles[target.name] = profile_run(directory, target, folder=folder, **how)
     # The report is written last, so that it says "complete".
     for target in resolved:
         reports[target.name] = write_report(directory, target.name)
@@ -206,9 +209,13 @@ def run(
     return Outcome(directory, manifest, list(dict.fromkeys(missed)), profiles, reports)
 
 
-def _check_seconds(seconds: float) -> None:
+def _seconds(seconds: float | None, thoroughness: str) -> float:
+    """The time limit given, or the preset's own."""
+    if seconds is None:
+        return THOROUGHNESS[thoroughness].seconds
     if not math.isfinite(seconds):
         raise ConfigurationError(f"--seconds: {seconds} is no time to measure for; give a number such as 20")
+    return seconds
 
 
 def _load_targets(sources: Sequence[str]) -> list[Target]:

@@ -16,6 +16,7 @@ from edgecompress.bundle import fill_folder
 from edgecompress.checkpoint import rebuild
 from edgecompress.errors import RunError
 from edgecompress.export_run import BASELINE_FILE
+from edgecompress.measuring import STANDARD
 from edgecompress.profiling import profile_models
 from edgecompress.remote import Host, measure_on
 from edgecompress.run_directory import Json, RunDirectory, write_json
@@ -30,14 +31,15 @@ def profile_run(
     *,
     folder: Path,
     seconds: float,
+    thoroughness: str = STANDARD,
     host: Host | None = None,
     results: Path | None = None,
 ) -> Json:
     """Measure the ONNX files of `folder` (int8 and baseline where there are any); returns the profile's document.
 
-    `seconds` bounds the time spent on latency. With `host` the device at the other end of SSH measures, and tests
-    itself first; `results` is a bench.json that a device wrote. Raises RunError when nothing was exported for this
-    target.
+    `seconds` bounds the time spent on latency, `thoroughness` names a preset of measuring. With `host` the device at
+    the other end of SSH measures, and tests itself first; `results` is a bench.json that a device wrote. Raises
+    RunError when nothing was exported for this target.
     """
     models = {"baseline": folder / BASELINE_FILE, "fp32": folder / "model.onnx", "int8": folder / "model.int8.onnx"}
     present = {name: path for name, path in models.items() if path.is_file()}
@@ -51,9 +53,12 @@ def profile_run(
     if host is None and results is None:
         with tempfile.TemporaryDirectory() as scratch:
             inputs = _normalized_samples(run, manifest, folder, Path(scratch))
-            profile = profile_models(present, target=target, input_npy=inputs, seconds=seconds)
+            profile = profile_models(
+                present, target=target, input_npy=inputs, seconds=seconds, thoroughness=thoroughness
+            )
     else:
-        profile, failed = _profile_elsewhere(run, target, present, folder, seconds=seconds, host=host, results=results)
+        there: Json = {"seconds": seconds, "thoroughness": thoroughness, "host": host, "results": results}
+        profile, failed = _profile_elsewhere(run, target, present, folder, **there)
     judged_speed = [target.name] if profile["measured"] else []
     verdict = decide(
         profile,
@@ -80,6 +85,7 @@ def _profile_elsewhere(
     folder: Path,
     *,
     seconds: float,
+    thoroughness: str,
     host: Host | None,
     results: Path | None,
 ) -> tuple[Json, list[str]]:
@@ -97,14 +103,15 @@ def _profile_elsewhere(
                 bundle, run, target, exported=folder, name="bundle", preprocessing_inside=False, with_baseline=True
             )
             kept = run.profile_path(target.name).parent
-            found = measure_on(host, bundle, made, seconds=seconds, kept=kept)
+            found = measure_on(host, bundle, made, seconds=seconds, thoroughness=thoroughness, kept=kept)
         bench, rows, place = found.bench, found.self_test, host.name
     else:
         assert results is not None
         bench, place = read_bench(results), str(results)
     elsewhere = measured_elsewhere(bench, models, target, place=place)
     measured = {name: path for name, path in models.items() if name in elsewhere.fresh}
-    profile = profile_models(measured, target=target, input_npy=None, elsewhere=elsewhere)
+    how: Json = {"thoroughness": bench.get("thoroughness", STANDARD), "elsewhere": elsewhere}
+    profile = profile_models(measured, target=target, input_npy=None, **how)
     profile["device"]["self_test"] = rows
     failed = [
         f"On {place} the {row['model']} model does not give the expected answers: {'; '.join(row['problems'])}."

@@ -22,13 +22,15 @@ from edgecompress.errors import ProfileError
 from edgecompress.integer_graph import inspect_integer_graph
 from edgecompress.machine import VNNI_FEATURES, describe_machine, fits, summarize_machine, usable_cpus, versions
 from edgecompress.measuring import (
-    NARROW_ENOUGH,
+    STANDARD,
+    THOROUGHNESS,
     WINDOW_MS,
     FreshMeasurement,
     LatencyMeasurement,
     measure_fresh,
     measure_latency,
 )
+from edgecompress.statistics import Interval, drift_over
 from edgecompress.target import Target
 
 NOISY_FRACTION = 0.05  # spread of the reference loop above which the machine counts as busy
@@ -57,14 +59,15 @@ def profile_models(
     target: Target,
     input_npy: Path | None,
     seconds: float = 30.0,
+    thoroughness: str = STANDARD,
     elsewhere: Elsewhere | None = None,
 ) -> Json:
     """Profile `fp32` and perhaps `int8` and `baseline` for a target; returns the document of `profile/<target>.json`.
 
-    `input_npy` holds preprocessed images [N, ...]; `seconds` bounds the measuring of latency. Latencies are in
-    ms, sizes in bytes, shares are fractions. `int8_speedup` compares one network in two forms (fp32 over int8),
-    `end_to_end_speedup` the baseline with what ships (int8 where there is one, else fp32). With `elsewhere`, nothing is
-    measured here. Raises ProfileError.
+    `input_npy` holds preprocessed images [N, ...]; `seconds` bounds the measuring of latency, `thoroughness` names one
+    of measuring's presets. Latencies are in ms, sizes in bytes, shares are fractions. `int8_speedup` compares one
+    network in two forms (fp32 over int8), `end_to_end_speedup` the baseline with what ships (int8 where there is one,
+    else fp32). With `elsewhere`, nothing is measured here. Raises ProfileError.
     """
     if "fp32" not in models or set(models) - set(_MODELS):
         raise ProfileError(
@@ -105,7 +108,9 @@ def profile_models(
         how: Json = {"threads": target.threads, "providers": target.providers, "input_npy": input_npy}
         how["session"] = target.session_settings()
         fresh = {name: measure_fresh(path, **how) for name, path in paths.items()}
-        latency = measure_latency(paths, seconds=seconds, **how)
+        preset = THOROUGHNESS[thoroughness]
+        how_long: Json = {"narrow_enough": preset.narrow_enough, "processes": preset.processes}
+        latency = measure_latency(paths, seconds=seconds, **how_long, **how)
     else:
         fresh, latency = elsewhere.fresh, elsewhere.latency
         document["device"]["place"] = elsewhere.place
@@ -116,7 +121,9 @@ def profile_models(
     if "baseline" in paths:
         document["end_to_end_speedup"] = _speedup(latency, "baseline", "int8" if "int8" in paths else "fp32")
     document["noise"] = _noise(latency)
-    document["method"] = _method(latency, target, fresh["fp32"].processes)
+    document["method"] = _method(latency, target, fresh["fp32"].processes, thoroughness)
+    if thoroughness == "quick":
+        document["notes"].append("Measured with --quick: intervals are wide; decide on a run without it.")
     document["notes"] += _noise_notes(document["noise"])
     return document
 
@@ -165,6 +172,8 @@ def _timing(measurement: LatencyMeasurement, name: str) -> Json:
         interval = measurement.percentile(name, percentile)
         latency[f"p{percentile}"] = interval.value
         latency[f"p{percentile}_ci95"] = [interval.low, interval.high]
+    if measurement.on_cpu_ms is not None:
+        latency["on_cpu_p50"] = float(np.median(np.concatenate(measurement.on_cpu_ms[name])))
     mean = float(measurement.latencies_ms(name).mean())
     latency["mean"] = mean
     return {"latency_ms": latency, "throughput_per_s": 1000.0 / mean}
@@ -208,7 +217,33 @@ def _noise(measurement: LatencyMeasurement) -> Json:
         "processes_range": {name: float(m.max() / m.min() - 1) for name, m in medians.items()},
         "steady_processes": measurement.steady_processes,
         "processes": measurement.processes,
+        "drift": {
+            "reference": _change(measurement.drift()),
+            **{name: _change(measurement.drift(name)) for name in measurement.windows_ms},
+        },
+        "frequency_mhz": _frequency(measurement),
+        "on_cpu_share": _on_cpu_shares(measurement),
     }
+
+
+def _change(factor: Interval | None) -> Json | None:
+    """A change from the first process to the last, as a fraction (0.1: a tenth slower), with its 95 % interval."""
+    return None if factor is None else {"change": factor.value - 1, "ci95": [factor.low - 1, factor.high - 1]}
+
+
+def _on_cpu_shares(measurement: LatencyMeasurement) -> Json | None:
+    """The share of an inference's time for which it really had a CPU, by model; None where several threads work."""
+    shares = measurement.on_cpu_shares
+    return None if shares is None else {name: float(np.median(values)) for name, values in shares.items()}
+
+
+def _frequency(measurement: LatencyMeasurement) -> Json | None:
+    """The CPU's frequency while measuring, None where the system does not expose it."""
+    if measurement.frequency_mhz is None:
+        return None
+    at, seen = np.concatenate(measurement.round_at), np.concatenate(measurement.frequency_mhz)
+    low, middle, high = (float(value) for value in np.percentile(seen, [0, 50, 100]))
+    return {"min": low, "median": middle, "max": high, "drift": _change(drift_over(at, seen))}
 
 
 def _noise_notes(noise: Json) -> list[str]:
@@ -221,10 +256,28 @@ def _noise_notes(noise: Json) -> list[str]:
     unsteady = noise["processes"] - noise["steady_processes"]
     if unsteady:
         notes.append(f"{unsteady} of {noise['processes']} processes were not steady when their warm-up time ended.")
+    shares = noise["on_cpu_share"]
+    if shares is not None and min(shares.values()) < 1 - NOISY_FRACTION:
+        notes.append(
+            f"Other processes wanted the CPU: inferences had it for {100 * min(shares.values()):.0f} % of their time. "
+            "Ratios compare time on the CPU and hold; latencies are what the clock said, waiting included."
+        )
+    drift = noise["drift"]["reference"]
+    if drift is not None and abs(drift["change"]) > NOISY_FRACTION and drift["ci95"][0] * drift["ci95"][1] > 0:
+        slower = "slower" if drift["change"] > 0 else "faster"
+        notes.append(
+            f"The machine got {slower} by {100 * abs(drift['change']):.0f} % while measuring (a fixed loop, from the "
+            "first process to the last). It hits the models alike, so ratios hold; latencies by themselves moved."
+        )
+    frequency = noise["frequency_mhz"]
+    if frequency is None:
+        notes.append("The CPU's frequency is not exposed by this system, so its changes show in the fixed loop alone.")
+    elif frequency["min"] < (1 - NOISY_FRACTION) * frequency["max"]:
+        notes.append(f"The CPU ran at {frequency['min']:.0f} to {frequency['max']:.0f} MHz while measuring.")
     return notes
 
 
-def _method(measurement: LatencyMeasurement, target: Target, fresh_processes: int) -> Json:
+def _method(measurement: LatencyMeasurement, target: Target, fresh_processes: int, thoroughness: str) -> Json:
     return {
         "processes": measurement.processes,
         "windows_per_model": measurement.windows,
@@ -235,8 +288,10 @@ def _method(measurement: LatencyMeasurement, target: Target, fresh_processes: in
         "providers": list(target.providers),
         "graph_optimization": target.session.optimization,
         "session": target.session_settings(),
+        "ratio_of": "latencies" if measurement.on_cpu_ms is None else "time on the CPU, one thread",
         "interleaved": len(measurement.windows_ms) > 1,
-        "narrow_enough": NARROW_ENOUGH,
+        "preset": thoroughness,
+        "narrow_enough": THOROUGHNESS[thoroughness].narrow_enough,
         "seconds": measurement.seconds,
         "stopped_because": measurement.stopped_because,
         "interval": "95 %, Student's t over processes, bootstrap over windows",

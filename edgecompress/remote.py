@@ -25,6 +25,7 @@ from typing import IO
 from edgecompress import console
 from edgecompress.device import attendant
 from edgecompress.errors import ConfigurationError, ProfileError
+from edgecompress.measuring import STANDARD
 from edgecompress.run_directory import Json
 from edgecompress.target import Target
 
@@ -178,7 +179,9 @@ class _Connection:
         return "; ".join(line.strip() for line in self.errors if line.strip()) or "ssh said nothing"
 
 
-def measure_on(host: Host, bundle: Path, manifest: Json, *, seconds: float, kept: Path) -> RemoteResults:
+def measure_on(
+    host: Host, bundle: Path, manifest: Json, *, seconds: float, thoroughness: str = STANDARD, kept: Path
+) -> RemoteResults:
     """Run a bundle's self-test and bench.py on a device. `kept` is the folder for answers of an attempt cut off.
 
     Raises ProfileError when the device cannot be reached, lacks something, or the connection is lost.
@@ -194,8 +197,9 @@ def measure_on(host: Host, bundle: Path, manifest: Json, *, seconds: float, kept
                 f"{host.name}: {hello['folder']} has {hello['free_bytes'] / 1e6:.1f} MB free, and {2 * size / 1e6:.1f} "
                 "MB are needed; free some there, or set device.work_folder in the target's file"
             )
-        answers = _Kept(kept, host, hello, manifest, seconds)
-        return _measure(connection, host, bundle, manifest, seconds, answers)
+        how = ["--seconds", str(seconds), "--thoroughness", thoroughness]
+        answers = _Kept(kept, host, hello, manifest, how)
+        return _measure(connection, host, bundle, how, answers)
     finally:
         connection.close()
 
@@ -256,8 +260,8 @@ def _version(text: str) -> tuple[int, ...]:
 class _Kept:
     """Answers on disk: of this device, for these files and this time. Removed when all is measured."""
 
-    def __init__(self, folder: Path, host: Host, hello: Json, manifest: Json, seconds: float) -> None:
-        facts = [host.name, hello["machine_id"], hello["onnxruntime"], seconds, manifest["files"]]
+    def __init__(self, folder: Path, host: Host, hello: Json, manifest: Json, how: list[str]) -> None:
+        facts = [host.name, hello["machine_id"], hello["onnxruntime"], how, manifest["files"]]
         digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
         self.path = folder / f".{manifest['target']}-{digest}.answers.jsonl"
         self.earlier = 0
@@ -281,16 +285,14 @@ class _Kept:
         self.path.unlink(missing_ok=True)
 
 
-def _measure(
-    connection: _Connection, host: Host, bundle: Path, manifest: Json, seconds: float, answers: _Kept
-) -> RemoteResults:
+def _measure(connection: _Connection, host: Host, bundle: Path, how: list[str], answers: _Kept) -> RemoteResults:
     if answers.earlier:
         console.note(f"going on with {answers.earlier} answers of an earlier attempt")
     files = {
         path.relative_to(bundle).as_posix(): path.read_bytes() for path in sorted(bundle.rglob("*")) if path.is_file()
     }
     files = {f"bundle/{name}": content for name, content in files.items()} | {"kept.jsonl": answers.text()}
-    bench = ["bundle/bench.py", "--stream", "--seconds", str(seconds), "--answers", "kept.jsonl"]
+    bench = ["bundle/bench.py", "--stream", *how, "--answers", "kept.jsonl"]
     scripts = [
         {"name": "self-test", "command": ["bundle/infer.py", "--self-test", "--json"]},
         {"name": "bench", "command": bench},

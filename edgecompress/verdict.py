@@ -56,7 +56,7 @@ def decide(profile: Json, *, target: Target, gates_missed: Sequence[str], accura
     model = profile["models"][name]
     _judge_size(name, model, target, findings)
     if profile["measured"]:
-        _judge_intervals(name, model, target, findings)
+        _judge_intervals(name, model, target, findings, crowded=_crowded(profile))
     else:
         why = "; ".join(profile["not_measured_because"]) or "the target is not at hand"
         findings.doubts.append(f"Latency, load time and memory were not measured: {why}.")
@@ -124,11 +124,21 @@ def _caution_about_noise(profile: Json, findings: _Findings) -> None:
     unsteady = noise["processes"] - noise["steady_processes"]
     if unsteady:
         causes.append(f"{unsteady} of {noise['processes']} processes were not steady after their warm-up")
+    shares = noise.get("on_cpu_share") or {}
+    if _crowded(profile):
+        causes.append(f"inferences had the CPU for {100 * min(shares.values()):.0f} % of their time")
     if causes:
-        where = "on a busy machine" if noise["reference_spread"] > NOISY_FRACTION else "at an unsteady speed"
+        busy = noise["reference_spread"] > NOISY_FRACTION or _crowded(profile)
+        where = "on a busy machine" if busy else "at an unsteady speed"
         findings.cautions.append(
             f"Measured {where}: {' and '.join(causes)}; the intervals include it. Measure again when idle."
         )
+
+
+def _crowded(profile: Json) -> bool:
+    """Whether other processes took the CPU away from inferences while they were timed."""
+    shares = (profile.get("noise") or {}).get("on_cpu_share") or {}
+    return bool(shares) and min(shares.values()) < 1 - NOISY_FRACTION
 
 
 def _slower(ratio: float, high: float) -> str:
@@ -159,7 +169,7 @@ def _judge_size(name: str, model: Json, target: Target, findings: _Findings) -> 
     (findings.missed if model["size_bytes"] > budget else findings.met).append(text)
 
 
-def _judge_intervals(name: str, model: Json, target: Target, findings: _Findings) -> None:
+def _judge_intervals(name: str, model: Json, target: Target, findings: _Findings, *, crowded: bool) -> None:
     budgets = target.budgets
     latency = model["latency_ms"]
     latencies = (("p50", budgets.latency_ms_p50), ("p90", budgets.latency_ms_p90), ("p99", budgets.latency_ms_p99))
@@ -177,6 +187,8 @@ def _judge_intervals(name: str, model: Json, target: Target, findings: _Findings
     if target.memory_bytes is not None and (model.get("peak_rss_bytes_range") or [0])[0] > target.memory_bytes:
         peak, memory = _megabytes(model["peak_rss_bytes"]), _megabytes(target.memory_bytes)
         findings.missed.append(f"Peak memory of {name} is {peak}; the whole device has {memory}.")
+    # Where other processes took the CPU away, the clock alone cannot tell that the model is too slow.
+    alone = latency.get("on_cpu_p50") if crowded else None
     for what, value, interval, budget, show, kind in quantities:
         if budget is None:
             continue
@@ -187,7 +199,9 @@ def _judge_intervals(name: str, model: Json, target: Target, findings: _Findings
         text = (
             f"{what} of {name} is {show(value)} ({kind} {show(low)} to {show(high)}); the target allows {show(budget)}"
         )
-        if low > budget:
+        if low > budget and what.startswith("Latency") and alone is not None and alone <= budget:
+            findings.doubts.append(f"{text}. By median it had the CPU for {show(alone)} only: measure when idle.")
+        elif low > budget:
             findings.missed.append(f"{text}.")
         elif high > budget:
             findings.doubts.append(f"{text}, which lies within the {kind}.")

@@ -24,6 +24,12 @@ from edgecompress.target import Target
 from onnx_models import SIZE, residual_net, save
 
 CPU = ("CPUExecutionProvider",)
+WHEN: dict[str, Any] = {
+    "round_at": [0.0, 0.1, 0.2, 0.3],
+    "frequency_mhz": None,
+    "on_cpu_ms": None,
+    "on_cpu_share": None,
+}
 
 
 def test_slower_model_is_found_slower_in_five_processes(tmp_path: Path) -> None:
@@ -58,7 +64,7 @@ def test_measuring_goes_on_until_the_interval_is_narrow(tmp_path: Path, monkeypa
             latency = float(np.exp(effect * spreads[len(asked)]))
             asked.append(request["order"])
             windows = {"a": [[latency] * 3] * 4, "b": [[1.0] * 3] * 4}
-            return {"windows_ms": windows, "reference_ms": [1.0] * 4, "steady": True}
+            return {"windows_ms": windows, "reference_ms": [1.0] * 4, "steady": True, **WHEN}
 
         return asked, answer
 
@@ -91,7 +97,7 @@ def test_three_models_take_turns_and_every_pair_must_be_narrow(tmp_path: Path, m
         sway = 1.011 ** (-1) ** len(asked)
         asked.append(request["order"])
         windows = {"a": [[1.0] * 3] * 4, "b": [[sway] * 3] * 4, "c": [[1 / sway] * 3] * 4}
-        return {"windows_ms": windows, "reference_ms": [1.0] * 4, "steady": True}
+        return {"windows_ms": windows, "reference_ms": [1.0] * 4, "steady": True, **WHEN}
 
     monkeypatch.setattr(measuring, "_ask_worker", answer)
     models = {"a": model, "b": model, "c": model}
@@ -340,3 +346,37 @@ def test_many_models_take_turns_in_few_orders() -> None:
     orders = measuring._orders([str(number) for number in range(9)])
     assert len(orders) == 18
     assert {order[0] for order in orders} == {order[-1] for order in orders} == {str(n) for n in range(9)}
+
+
+@pytest.mark.slow
+def test_a_busy_cpu_does_not_turn_the_ratio(tmp_path: Path) -> None:
+    """Real processes beside ours on the same CPU: inferences wait for it; their time on it does not grow so."""
+    cpu = min(usable_cpus() or {0})
+    if sys.platform != "linux":
+        pytest.skip("a process is bound to a CPU on Linux only")
+    # Longer than the few milliseconds for which the system lets each process have the CPU.
+    models = {"large": residual_net(tmp_path / "a.onnx", 64, 256), "small": residual_net(tmp_path / "b.onnx", 32, 256)}
+    how: dict[str, Any] = {"threads": 1, "providers": CPU, "input_npy": None, "session": {"cpu_affinity": [cpu]}}
+    spin = f"import os\nos.sched_setaffinity(0, [{cpu}])\nwhile True: pass"
+    hog = subprocess.Popen([sys.executable, "-c", spin])
+    try:
+        crowded = measure_latency(models, seconds=0.5, **how)
+    finally:
+        hog.kill()
+        hog.wait()
+    assert crowded.on_cpu_ms is not None
+    assert crowded.on_cpu_shares is not None
+    assert all(float(np.median(shares)) < 0.9 for shares in crowded.on_cpu_shares.values())
+    for name in models:
+        waiting = np.concatenate(crowded.window_medians_ms[name])
+        assert np.mean(waiting) > np.mean(np.concatenate(crowded.on_cpu_ms[name]))
+    assert 1.5 < crowded.ratio("large", "small").ratio < 2.7  # alone 2.0, as the channels say
+    again = LatencyMeasurement.from_dict(json.loads(json.dumps(crowded.to_dict())))
+    assert again.ratio("large", "small") == crowded.ratio("large", "small")
+
+
+def test_several_threads_are_compared_by_the_clock(tmp_path: Path) -> None:
+    model = residual_net(tmp_path / "net.onnx")
+    measured = measure_latency({"a": model}, threads=2, providers=CPU, input_npy=None, seconds=0.2)
+    assert measured.on_cpu_ms is None
+    assert measured.on_cpu_shares is None

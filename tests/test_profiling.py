@@ -138,3 +138,57 @@ def test_faster_machine_than_the_target_is_said() -> None:
     notes = " ".join(profiling._notes(target, measured=True, machine=facts, has_images=False))
     for expected in ("without VNNI", "8 cores", "powersave", "Random images"):
         assert expected in notes
+
+
+def noise_of(reference: list[float], frequency: list[float] | None) -> tuple[dict[str, Any], list[str]]:
+    """The noise that is stated where each process saw this reference loop and this frequency, one process a second."""
+    processes = len(reference)
+    measured = LatencyMeasurement(
+        {"fp32": [[np.full(3, loop)] * 4 for loop in reference]},
+        [np.full(4, loop) for loop in reference],
+        processes,
+        1.0,
+        "",
+        [np.full(4, float(process)) for process in range(processes)],
+        None if frequency is None else [np.full(4, value) for value in frequency],
+    )
+    noise = profiling._noise(measured)
+    return noise, profiling._noise_notes(noise)
+
+
+def test_drift_and_frequency_are_stated() -> None:
+    noise, notes = noise_of([1.0, 1.02, 1.05, 1.08, 1.1, 1.12, 1.16, 1.2], [2400.0] * 6 + [1800.0] * 2)
+    assert noise["drift"]["reference"]["change"] == pytest.approx(0.2, abs=0.02)
+    assert noise["drift"]["reference"]["ci95"][0] > 0
+    assert noise["drift"]["fp32"]["change"] == pytest.approx(noise["drift"]["reference"]["change"])
+    assert (noise["frequency_mhz"]["min"], noise["frequency_mhz"]["max"]) == (1800.0, 2400.0)
+    text = " ".join(notes)
+    assert "got slower by" in text
+    assert "ran at 1800 to 2400 MHz" in text
+
+
+def test_steady_machine_has_no_drift_and_an_absent_frequency_is_said() -> None:
+    noise, notes = noise_of([1.0, 1.01, 1.0, 0.99, 1.0, 1.01, 1.0, 1.0], None)
+    assert noise["frequency_mhz"] is None
+    assert abs(noise["drift"]["reference"]["change"]) < 0.02
+    assert not any("got" in note for note in notes)
+    assert any("not exposed" in note for note in notes)
+
+
+@pytest.mark.parametrize(("thoroughness", "narrow", "processes"), [("quick", 0.05, 5), ("thorough", 0.005, 12)])
+def test_presets_reach_the_measuring_and_quick_says_so(
+    models: dict[str, Path], monkeypatch: pytest.MonkeyPatch, thoroughness: str, narrow: float, processes: int
+) -> None:
+    asked: dict[str, object] = {}
+
+    def latency(paths: dict[str, Path], **how: object) -> LatencyMeasurement:
+        asked.update(how)
+        return LatencyMeasurement({name: [[np.ones(3)] * 4] * 5 for name in paths}, [np.ones(4)] * 5, 5, 1.0, "")
+
+    fresh = FreshMeasurement(9.0, (8.0, 10.0), 1.0, (1.0, 1.0), None, None, None, 3, 10.0, (9.0, 11.0))
+    monkeypatch.setattr(profiling, "measure_latency", latency)
+    monkeypatch.setattr(profiling, "measure_fresh", lambda *_, **__: fresh)
+    document = profile_models(models, target=here(), input_npy=None, seconds=3.0, thoroughness=thoroughness)
+    assert (asked["seconds"], asked["narrow_enough"], asked["processes"]) == (3.0, narrow, processes)
+    assert document["method"]["preset"] == thoroughness
+    assert any("--quick" in note for note in document["notes"]) == (thoroughness == "quick")

@@ -7,8 +7,8 @@ import pytest
 
 from edgecompress.errors import ProfileError
 from edgecompress.statistics import (
-    bootstrap_percentile_interval,
     hierarchical_bootstrap_ratio,
+    percentile_interval,
     student_t_quantile,
 )
 
@@ -94,7 +94,7 @@ def test_percentile_interval_holds_the_typical_process() -> None:
             [10 * np.exp(effect + generator.normal(0, 0.1, 30)) for _ in range(10)]
             for effect in generator.normal(0, 0.03, 5)
         ]
-        interval = bootstrap_percentile_interval(processes, 90, resamples=30, seed=seed)
+        interval = percentile_interval(processes, 90, resamples=30, seed=seed)
         assert interval.low < interval.value < interval.high
         held += interval.low <= truth <= interval.high
     assert held >= 88
@@ -102,7 +102,7 @@ def test_percentile_interval_holds_the_typical_process() -> None:
 
 def test_percentile_of_one_process_is_its_percentile() -> None:
     windows = [np.arange(1.0, 51.0), np.arange(51.0, 101.0)]
-    assert bootstrap_percentile_interval([windows], 50).value == pytest.approx(50.5)
+    assert percentile_interval([windows], 50).value == pytest.approx(50.5)
 
 
 @pytest.mark.parametrize(("degrees", "expected"), [(1, 12.7062), (4, 2.776445), (30, 2.042272)])
@@ -121,4 +121,4 @@ def test_latencies_that_cannot_be_are_refused(broken: list[float]) -> None:
     with pytest.raises(ProfileError):
         hierarchical_bootstrap_ratio([broken], [broken])
     with pytest.raises(ProfileError):
-        bootstrap_percentile_interval([[broken]], 50)
+        percentile_interval([[broken]], 50)

@@ -221,3 +221,21 @@ def test_a_model_that_outgrows_the_device_is_held() -> None:
     verdict = decide(profile(), target=small, gates_missed=[], accuracy_drop=None)
     assert verdict.verdict == "hold"
     assert "the whole device has 64.0 MB" in verdict.missed[0]
+
+
+@pytest.mark.parametrize(
+    ("share", "alone", "expected"), [(0.6, 3.0, "inconclusive"), (0.99, 3.0, "hold"), (0.6, 4.5, "hold")]
+)
+def test_latency_of_a_process_that_had_to_wait_decides_nothing(share: float, alone: float, expected: str) -> None:
+    """The clock says 5 ms, the limit is 4 ms; whether the model is too slow depends on how long it had the CPU."""
+    document = profile()
+    document["models"]["int8"]["latency_ms"] = {**document["models"]["int8"]["latency_ms"], "on_cpu_p50": alone}
+    document["noise"] = {
+        "reference_spread": 0.01,
+        "processes": 5,
+        "steady_processes": 5,
+        "on_cpu_share": {"fp32": share, "int8": share},
+    }
+    verdict = judge(document, latency_ms_p90=4.0)
+    assert verdict.verdict == expected
+    assert any("had the CPU for 60 %" in reason for reason in verdict.reasons) == (share < 0.9)

@@ -41,7 +41,14 @@ from edgecompress import console
 from edgecompress.answers import Answers
 from edgecompress.errors import EdgeCompressError
 from edgecompress.machine import describe_machine, summarize_machine
-from edgecompress.measuring import FreshMeasurement, LatencyMeasurement, measure_fresh, measure_latency
+from edgecompress.measuring import (
+    STANDARD,
+    THOROUGHNESS,
+    FreshMeasurement,
+    LatencyMeasurement,
+    measure_fresh,
+    measure_latency,
+)
 
 Json = dict[str, Any]
 KIND = "edgecompress bench"
@@ -49,7 +56,14 @@ SCHEMA_VERSION = 1
 DEFAULT_SECONDS = 20.0
 
 
-def measure_bundle(folder: Path, *, seconds: float, threads: int | None = None, answers: Answers | None = None) -> Json:
+def measure_bundle(
+    folder: Path,
+    *,
+    seconds: float,
+    thoroughness: str = STANDARD,
+    threads: int | None = None,
+    answers: Answers | None = None,
+) -> Json:
     """Measure every model of a bundle; returns the content of bench.json. Raises BundleError and ProfileError."""
     infer = _infer()
     manifest = infer.read_manifest(folder)
@@ -70,6 +84,8 @@ def measure_bundle(folder: Path, *, seconds: float, threads: int | None = None, 
         np.save(images, _images(folder, manifest))
         how |= {"input_npy": images, "answers": answers}
         fresh = {name: measure_fresh(path, **how) for name, path in paths.items()}
+        preset = THOROUGHNESS[thoroughness]
+        how |= {"narrow_enough": preset.narrow_enough, "processes": preset.processes}
         latency = measure_latency(paths, seconds=seconds, **how)
     return {
         "kind": KIND,
@@ -83,6 +99,7 @@ def measure_bundle(folder: Path, *, seconds: float, threads: int | None = None, 
         "providers": how["providers"],
         "session": how["session"],
         "seconds": seconds,
+        "thoroughness": thoroughness,
         "fresh": {name: asdict(measured) for name, measured in fresh.items()},
         "latency": latency.to_dict(),
     }
@@ -160,6 +177,8 @@ def _keep_in(path: Path) -> tuple[list[Json], Callable[[Json], None]]:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Measure the models of this bundle on this device.")
     parser.add_argument("--seconds", type=float, default=DEFAULT_SECONDS, help="time to spend on latency (default: 20)")
+    presets = sorted(THOROUGHNESS)
+    parser.add_argument("--thoroughness", choices=presets, default=STANDARD, help="how narrow the intervals must be")
     parser.add_argument("--threads", type=int, help="threads of one inference (default: the target's)")
     parser.add_argument("--output", type=Path, default=Path("bench.json"), help="file to write (default: bench.json)")
     parser.add_argument("--answers", type=Path, help="file that keeps every answer, to go on after an interruption")
@@ -193,7 +212,13 @@ def main() -> int:
         )
     try:
         answers = Answers(known, keep=report)
-        results = measure_bundle(folder, seconds=arguments.seconds, threads=arguments.threads, answers=answers)
+        results = measure_bundle(
+            folder,
+            seconds=arguments.seconds,
+            thoroughness=arguments.thoroughness,
+            threads=arguments.threads,
+            answers=answers,
+        )
     except (EdgeCompressError, _infer().BundleError) as error:
         print(f"\nerror: {error}", file=sys.stderr)
         return 1
