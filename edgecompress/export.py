@@ -80,6 +80,7 @@ def _translate(module: nn.Module, example: Tensor, target: Target) -> onnx.Model
             captured = torch.export.export(
                 module, (example,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},), strict=False
             )
+            _forget_strides_of_pools(captured)
             program = torch.onnx.export(
                 captured,
                 dynamo=True,
@@ -101,6 +102,27 @@ def _translate(module: nn.Module, example: Tensor, target: Target) -> onnx.Model
         raise ExportError("torch.onnx.export returned nothing")
     model: onnx.ModelProto = program.model_proto
     return model
+
+
+def _forget_strides_of_pools(captured: torch.export.ExportedProgram) -> None:
+    """Write a global average pool as a mean over height and width.
+
+    The exporter would do so too, but behind a channels_last tensor (ConvNeXt) it adds an `as_strided`, which becomes a
+    gather and keeps the pool from its integer kernel.
+    """
+    aten = torch.ops.aten
+    for node in list(captured.graph.nodes):
+        if node.target is not aten.adaptive_avg_pool2d.default or any(int(size) != 1 for size in node.args[1]):
+            continue
+        value = node.args[0].meta.get("val")
+        if value is None or value.dim() != 4:
+            continue
+        with captured.graph.inserting_before(node):
+            mean = captured.graph.call_function(aten.mean.dim, (node.args[0], [2, 3], True))
+        mean.meta = dict(node.meta)
+        node.replace_all_uses_with(mean)
+        captured.graph.erase_node(node)
+    captured.graph_module.recompile()
 
 
 def _tidy(model: onnx.ModelProto, target: Target) -> None:

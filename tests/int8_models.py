@@ -248,7 +248,8 @@ class Scaled(nn.Module):
         x = self.stem(x)
         y = self.norm(self.depthwise(x).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
         y = self.dropout(self.narrow(functional.gelu(self.widen(y))))
-        return self.head((x + y * self.gamma.reshape(1, -1, 1, 1)).mean((2, 3)))
+        x = y * self.gamma.reshape(1, -1, 1, 1) + x  # channels_last, as the layer norm left it
+        return self.head(functional.adaptive_avg_pool2d(x, 1).flatten(1))
 
 
 class Tokens(nn.Module):
@@ -271,9 +272,39 @@ class Tokens(nn.Module):
         return self.head(x.mean(1))
 
 
+class Clamped(nn.Module):
+    """Every clamp that starts at zero: behind a convolution, a depthwise one, a sum, linear layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.depthwise, self.tanh = conv(3, 8), conv(8, 8, groups=8), nn.Hardtanh(0.0, 2.0)
+        self.point, self.hidden, self.head = conv(8, 8, 1), nn.Linear(8, 16), nn.Linear(16, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.clamp(self.conv(x), 0, 3)
+        y = self.point(self.tanh(self.depthwise(x))).clamp_min(0)
+        x = torch.clamp(x + y, min=0.0, max=4.0).mean((2, 3))
+        return self.head(functional.relu6(self.hidden(x)))
+
+
+class Gated(nn.Module):
+    """Hard-swish and SiLU behind depthwise convolutions, a sum and linear layers without and with bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.one, self.two = conv(3, 8), conv(8, 8, groups=8), conv(8, 8, groups=8, bias=False)
+        self.first, self.second, self.head = nn.Linear(8, 16, bias=False), nn.Linear(16, 16), nn.Linear(16, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = functional.hardswish(self.one(functional.relu(self.stem(x))))
+        x = functional.silu(x + functional.silu(self.two(x))).mean((2, 3))
+        return self.head(functional.hardswish(self.second(functional.silu(self.first(x)))))
+
+
 _NETS = (
     (Residual, SqueezeExcite, Fire, Shuffle, Padded, Shared, Sums),
     (HardSwish, Silu, HardExcite, Dense, Upsampled, Scaled, Tokens),
+    (Clamped, Gated),
 )
 PATTERNS: dict[str, type[nn.Module]] = {net.__name__: net for nets in _NETS for net in nets}
 

@@ -18,7 +18,7 @@ from int8_models import PATTERNS, UINT8_7, export, images, quantized, run, seede
 
 # Every operator of these nets has an integer kernel that the simulation repeats. Others keep float operators, whose
 # sums may be ordered otherwise.
-EXACT = ("Residual", "Fire", "Shuffle", "Padded", "Shared", "Dense", "Upsampled")
+EXACT = ("Residual", "Fire", "Shuffle", "Padded", "Shared", "Dense", "Upsampled", "Clamped")
 
 
 @pytest.mark.parametrize("name", EXACT)

@@ -25,7 +25,11 @@ from edgecompress.int8.operators import DEQUANTIZE, DEQUANTIZE_CHANNELS, QUANTIZ
 
 aten = torch.ops.aten
 _CONVOLUTIONS = {aten.conv2d.default, aten.conv2d.padding}
-_CLAMPS = {aten.relu.default, aten.relu_.default, aten.relu6.default, aten.hardtanh.default, aten.hardtanh_.default}
+_CLAMPS = {
+    *(aten.relu.default, aten.relu_.default, aten.relu6.default),
+    *(aten.hardtanh.default, aten.hardtanh_.default),
+    *(aten.clamp.default, aten.clamp_.default, aten.clamp_min.default, aten.clamp_min_.default),
+}
 _SUMS = {aten.add.Tensor, aten.add_.Tensor}
 _PRODUCTS = {aten.mul.Tensor, aten.mul_.Tensor}
 _EXACT_IN_FLOAT32 = 2**24

@@ -40,7 +40,9 @@ aten = torch.ops.aten
 _CONVOLUTIONS = {aten.conv2d.default, aten.conv2d.padding, aten.conv1d.default}
 _COMPUTE = {*_CONVOLUTIONS, aten.linear.default}
 # Clamps that the kernel before them absorbs, since the quantized range ends where the clamp does.
-_CLAMPS = {aten.relu.default, aten.relu_.default, aten.relu6.default, aten.hardtanh.default, aten.hardtanh_.default}
+_BOUNDED = {aten.hardtanh.default, aten.hardtanh_.default, aten.clamp.default, aten.clamp_.default}
+_HALF_BOUNDED = {aten.clamp_min.default, aten.clamp_min_.default}
+_CLAMPS = {aten.relu.default, aten.relu_.default, aten.relu6.default, *_BOUNDED, *_HALF_BOUNDED}
 # Clamps to [0, 1] of x / 6 + 1 / 2: absorbed as well, the slope by the scale and the shift by the bias.
 _HARD_SIGMOIDS = {aten.hardsigmoid.default, aten.hardsigmoid_.default}
 # Two tensors, element by element: QLinearAdd, QLinearMul.
@@ -318,9 +320,9 @@ def _starts_at_zero(node: Node) -> bool:
 
 
 def _clamps_from_zero(node: Node) -> bool:
-    """ReLU always; hardtanh only as a clamp that starts at zero (ReLU6), where the quantized range starts."""
-    if node.target in (aten.hardtanh.default, aten.hardtanh_.default):
-        return len(node.args) > 1 and bool(node.args[1] == 0)
+    """ReLU always; others only as a clamp that starts at zero (ReLU6), where the quantized range starts."""
+    if node.target in _BOUNDED | _HALF_BOUNDED:
+        return len(node.args) > 1 and isinstance(node.args[1], (int, float)) and node.args[1] == 0
     return True
 
 
