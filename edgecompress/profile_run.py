@@ -103,7 +103,7 @@ def _profile_elsewhere(
                 bundle, run, target, exported=folder, name="bundle", preprocessing_inside=False, with_baseline=True
             )
             kept = run.profile_path(target.name).parent
-            found = measure_on(host, bundle, made, seconds=seconds, thoroughness=thoroughness, kept=kept)
+            found = measure_on(host, bundle, made, target=target, seconds=seconds, thoroughness=thoroughness, kept=kept)
         bench, rows, place = found.bench, found.self_test, host.name
     else:
         assert results is not None

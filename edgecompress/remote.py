@@ -25,6 +25,7 @@ from typing import IO
 from edgecompress import console
 from edgecompress.device import attendant
 from edgecompress.errors import ConfigurationError, ProfileError
+from edgecompress.machine import mismatches
 from edgecompress.measuring import STANDARD
 from edgecompress.run_directory import Json
 from edgecompress.target import Target
@@ -35,6 +36,10 @@ CONNECT_SECONDS = 15
 SILENCE_SECONDS = 45.0
 _STDERR_LINES = 6
 _BLOCK_BYTES = 1 << 18
+_DESCRIBE = (
+    "import json, sys; sys.path.insert(0, 'bundle'); from edgecompress.machine import describe_machine; "
+    "print(json.dumps(describe_machine()))"
+)
 _OPTIONS = {
     "BatchMode": "yes",  # no question that nobody can answer
     "ConnectTimeout": str(CONNECT_SECONDS),
@@ -180,11 +185,19 @@ class _Connection:
 
 
 def measure_on(
-    host: Host, bundle: Path, manifest: Json, *, seconds: float, thoroughness: str = STANDARD, kept: Path
+    host: Host,
+    bundle: Path,
+    manifest: Json,
+    *,
+    target: Target,
+    seconds: float,
+    thoroughness: str = STANDARD,
+    kept: Path,
 ) -> RemoteResults:
     """Run a bundle's self-test and bench.py on a device. `kept` is the folder for answers of an attempt cut off.
 
-    Raises ProfileError when the device cannot be reached, lacks something, or the connection is lost.
+    Raises ProfileError when the device cannot be reached, lacks something, or the connection is lost, and
+    ConfigurationError when it is not the target.
     """
     console.note(f"connecting to {host.name}")
     connection = _Connection(host)
@@ -199,7 +212,7 @@ def measure_on(
             )
         how = ["--seconds", str(seconds), "--thoroughness", thoroughness]
         answers = _Kept(kept, host, hello, manifest, how)
-        return _measure(connection, host, bundle, how, answers)
+        return _measure(connection, host, bundle, target, how, answers)
     finally:
         connection.close()
 
@@ -285,7 +298,9 @@ class _Kept:
         self.path.unlink(missing_ok=True)
 
 
-def _measure(connection: _Connection, host: Host, bundle: Path, how: list[str], answers: _Kept) -> RemoteResults:
+def _measure(
+    connection: _Connection, host: Host, bundle: Path, target: Target, how: list[str], answers: _Kept
+) -> RemoteResults:
     if answers.earlier:
         console.note(f"going on with {answers.earlier} answers of an earlier attempt")
     files = {
@@ -294,6 +309,7 @@ def _measure(connection: _Connection, host: Host, bundle: Path, how: list[str], 
     files = {f"bundle/{name}": content for name, content in files.items()} | {"kept.jsonl": answers.text()}
     bench = ["bundle/bench.py", "--stream", *how, "--answers", "kept.jsonl"]
     scripts = [
+        {"name": "machine", "command": ["-c", _DESCRIBE]},
         {"name": "self-test", "command": ["bundle/infer.py", "--self-test", "--json"]},
         {"name": "bench", "command": bench},
     ]
@@ -301,30 +317,52 @@ def _measure(connection: _Connection, host: Host, bundle: Path, how: list[str], 
         _upload(connection, files, scripts)
     except OSError:
         raise _lost(connection, host, answers, "while the files were sent") from None
-    printed: dict[str, list[str]] = {"self-test": [], "bench": []}
+    printed: dict[str, list[str]] = {"machine": [], "self-test": []}
     results: Json | None = None
     with console.progress(f"measuring on {host.name}", 1) as advance:
         while (message := connection.next()) is not None and "done" not in message:
             if "failed" in message:
                 raise _failure(host, message["failed"])
             if "line" in message and message["script"] == "bench":
-                row = json.loads(message["line"])
+                row = _parsed(message["line"], host)
                 if "answer" in row:
                     answers.add(row["answer"])
                     advance(0, f"{answers.earlier + answers.new} processes")
                 results = row.get("results", results)
             elif "line" in message:
                 printed[message["script"]].append(message["line"])
-            elif message.get("script") == "bench" and message["ended"] != 0:
-                raise ProfileError(
-                    f"{host.name}: bench.py ended with code {message['ended']}: {message['stderr'].strip()}"
-                )
-            elif message.get("script") == "self-test" and message["ended"] not in (0, 1):
-                raise ProfileError(f"{host.name}: the self-test could not run: {message['stderr'].strip()}")
+            else:
+                _require_end(message, host)
+                if message["script"] == "machine":
+                    _require_target(_parsed("\n".join(printed["machine"]), host), host, target)
     if message is None or results is None:
         raise _lost(connection, host, answers, f"after {answers.earlier + answers.new} measuring processes")
     answers.discard()
-    return RemoteResults(results, json.loads("\n".join(printed["self-test"]))["models"], answers.earlier)
+    return RemoteResults(results, _parsed("\n".join(printed["self-test"]), host)["models"], answers.earlier)
+
+
+def _parsed(text: str, host: Host) -> Json:
+    try:
+        document: Json = json.loads(text)
+        return document
+    except ValueError as error:
+        raise ProfileError(f"{host.name}: answered what cannot be read: {text[:200]!r}") from error
+
+
+def _require_end(message: Json, host: Host) -> None:
+    """Raises ProfileError when a script did not come to its end; 1 is what a failed self-test ends with."""
+    if message["ended"] == 0 or (message["script"] == "self-test" and message["ended"] == 1):
+        return
+    raise ProfileError(
+        f"{host.name}: {message['script']} ended with code {message['ended']}: {message['stderr'].strip()}; mend it "
+        "there and repeat the same command"
+    )
+
+
+def _require_target(machine: Json, host: Host, target: Target) -> None:
+    reasons = mismatches(target, machine, place=host.name)
+    if reasons:
+        raise ConfigurationError(f"{'; '.join(reasons)}; name the target that describes {host.name}")
 
 
 def _upload(connection: _Connection, files: Mapping[str, bytes], scripts: list[Json]) -> None:

@@ -121,7 +121,7 @@ def left_behind(device: Host, *, seconds: float = 15.0) -> list[str]:
 
 
 def measure(device: Host, bundle: tuple[Path, Json], kept: Path, *, seconds: float = 0.3) -> RemoteResults:
-    return measure_on(device, *bundle, seconds=seconds, kept=kept)
+    return measure_on(device, *bundle, target=here(), seconds=seconds, kept=kept)
 
 
 # ---- there and back
@@ -232,6 +232,15 @@ def test_folders_that_nobody_holds_are_swept(device: Host, bundle: tuple[Path, J
         finally:
             connection.close()
     assert sorted(path.name for path in base.iterdir()) == ["other", "session-alive"]
+
+
+def test_a_device_that_is_not_the_target_is_not_measured(
+    device: Host, bundle: tuple[Path, Json], tmp_path: Path
+) -> None:
+    board = here(device_model="A board that nobody has")
+    with pytest.raises(ConfigurationError, match="device names no board; name the target that describes device"):
+        measure_on(device, *bundle, target=board, seconds=30, kept=tmp_path)
+    assert left_behind(device) == []
 
 
 # ---- what is missing there
