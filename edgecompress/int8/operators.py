@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.ao.quantization.fx._decomposed  # registers the operators, whichever module is imported first
 
 _quantized = torch.ops.quantized_decomposed
 QUANTIZE = _quantized.quantize_per_tensor.default
