@@ -119,6 +119,12 @@ def apply(
 def export(
     run: RunArgument = None,
     int8: Annotated[bool, typer.Option("--int8", help="Write the int8 file too, and check its parity.")] = False,
+    with_preprocessing: Annotated[
+        bool, typer.Option("--with-preprocessing", help="Files take uint8 [N, H, W, C] images of any size.")
+    ] = False,
+    ort: Annotated[
+        bool, typer.Option("--ort", help="Write ORT format too, for mobile and minimal builds of ONNX Runtime.")
+    ] = False,
     target: OptionalTarget = None,
     overrides: SetOption = None,
     as_json: JsonOption = False,
@@ -131,7 +137,14 @@ def export(
         _check_run_and_target(run, target)
         from edgecompress import pipeline
 
-        return pipeline.export(run, target=target, int8=int8, overrides=overrides or ())
+        return pipeline.export(
+            run,
+            target=target,
+            int8=int8,
+            with_preprocessing=with_preprocessing,
+            ort=ort,
+            overrides=overrides or (),
+        )
 
     _finish(work, lambda outcome: outcome.manifest, as_json, no_gate, quiet)
 

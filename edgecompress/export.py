@@ -22,7 +22,7 @@ from edgecompress.errors import ExportError
 from edgecompress.node_names import name_nodes
 from edgecompress.onnx_rewrite import rewrite
 from edgecompress.preprocessing import Preprocessing
-from edgecompress.preprocessing_graph import describe_signature
+from edgecompress.preprocessing_graph import describe_signature, embed_preprocessing
 from edgecompress.run_directory import atomic_path
 from edgecompress.target import Target
 
@@ -55,7 +55,7 @@ def export_onnx(
     Input `input`, float32 [batch, C, H, W], normalized; output `logits`, float32 [batch, classes]. Raises
     ExportError when the exporter, the ONNX checker or ONNX Runtime refuses the model.
     """
-    model = _translate(module, example, target)
+    model: onnx.ModelProto = translate(module, example, target).model_proto
     rewrites = rewrite(model)
     name_nodes(model)
     _tidy(model, target)
@@ -66,7 +66,18 @@ def export_onnx(
     return rewrites
 
 
-def _translate(module: nn.Module, example: Tensor, target: Target) -> onnx.ModelProto:
+def export_with_preprocessing(plain: Path, path: Path) -> None:
+    """Write the exported file `plain` as `path` with the preprocessing that it names inside. Raises ExportError."""
+    source = onnx.load(plain)
+    facts = {entry.key: entry.value for entry in source.metadata_props}
+    model = embed_preprocessing(source, Preprocessing.from_dict(json.loads(facts["edgecompress.preprocessing"])))
+    with atomic_path(path) as temporary:
+        onnx.save(model, str(temporary))
+        check_file(temporary)
+
+
+def translate(module: nn.Module, example: Tensor, target: Target) -> torch.onnx.ONNXProgram:
+    """The module as torch's exporter writes it, before any rewrite. Raises ExportError."""
     # A channels_last layout would be exported too, as gathers that move it back.
     module = copy.deepcopy(module).to(memory_format=torch.contiguous_format)
     try:
@@ -100,8 +111,7 @@ def _translate(module: nn.Module, example: Tensor, target: Target) -> onnx.Model
         ) from error
     if program is None:
         raise ExportError("torch.onnx.export returned nothing")
-    model: onnx.ModelProto = program.model_proto
-    return model
+    return program
 
 
 def _forget_strides_of_pools(captured: torch.export.ExportedProgram) -> None:
@@ -171,9 +181,14 @@ def check_file(path: Path) -> None:
     open_session(path)
 
 
-def open_session(path: Path, *, threads: int = 0) -> onnxruntime.InferenceSession:
-    """An ONNX Runtime session on the CPU provider; `threads` 0 uses every core. Raises ExportError."""
+def open_session(path: Path, *, threads: int = 0, optimize: bool = True) -> onnxruntime.InferenceSession:
+    """An ONNX Runtime session on the CPU provider; `threads` 0 uses every core. Raises ExportError.
+
+    Without `optimize` the graph runs as it is written: an int8 model's layers are then computed in float.
+    """
     options = onnxruntime.SessionOptions()
+    if not optimize:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.log_severity_level = 3
     options.intra_op_num_threads = threads
     try:

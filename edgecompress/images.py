@@ -12,7 +12,7 @@ import os
 import struct
 import zlib
 from collections import deque
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +24,7 @@ from PIL import Image
 
 from edgecompress import console
 from edgecompress.errors import DataError
-from edgecompress.preprocessing import Preprocessing
+from edgecompress.preprocessing import Preprocessing, whole_image
 
 # What PIL's decoders are known to raise on damaged or hostile files.
 DECODE_ERRORS = (
@@ -66,12 +66,19 @@ class FileItems:
 
     def decode(self, index: int, preprocessing: Preprocessing) -> np.ndarray:
         """Prepared pixels, uint8 [C, H, W]. Raises DataError naming the file."""
+        return self._open(index, preprocessing.prepare)
+
+    def decode_whole(self, index: int, channels: int) -> np.ndarray:
+        """The image at its own size, uint8 [H, W, C]. Raises DataError naming the file."""
+        return self._open(index, lambda image: whole_image(image, channels))
+
+    def _open(self, index: int, read: Callable[[Image.Image], np.ndarray]) -> np.ndarray:
         path = self.root / self.files[index]
         try:
             with Image.open(path) as image:
                 if Image.MAX_IMAGE_PIXELS is not None and image.width * image.height > Image.MAX_IMAGE_PIXELS:
                     raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels")
-                return preprocessing.prepare(image)
+                return read(image)
         except DECODE_ERRORS as error:
             reason = " ".join(str(error).split()) or type(error).__name__
             raise DataError(f"{path}: cannot be decoded ({reason}); replace the file or remove it") from error
@@ -106,8 +113,15 @@ class ArrayItems:
 
     def decode(self, index: int, preprocessing: Preprocessing) -> np.ndarray:
         """Prepared pixels, uint8 [C, H, W]."""
+        return preprocessing.prepare(self._image(index))
+
+    def decode_whole(self, index: int, channels: int) -> np.ndarray:
+        """The image at its own size, uint8 [H, W, C]."""
+        return whole_image(self._image(index), channels)
+
+    def _image(self, index: int) -> Image.Image:
         pixels = self.pixels[index]
-        return preprocessing.prepare(Image.fromarray(pixels[..., 0] if pixels.shape[2:] == (1,) else pixels))
+        return Image.fromarray(pixels[..., 0] if pixels.shape[2:] == (1,) else pixels)
 
     def in_memory(self, preprocessing: Preprocessing) -> torch.Tensor | None:
         """The whole split as [N, C, H, W] when the preprocessing leaves the pixels as they are."""
@@ -197,6 +211,12 @@ class PreparedSplit:
     def cached(self) -> bool:
         """Whether the images are in memory."""
         return self._images is not None
+
+    def whole_image(self, index: int) -> np.ndarray:
+        """One image as it comes, before any resizing: uint8 [H, W, C]. Raises DataError."""
+        if len(self._items) != len(self.labels):  # a cached split leaves out what cannot be decoded
+            raise DataError(f"{self.name}: some images were left out, so their numbers do not fit; read it uncached")
+        return self._items.decode_whole(index, self._preprocessing.channels)
 
     def batches(
         self, batch_size: int, *, indices: torch.Tensor | None = None

@@ -19,6 +19,7 @@ from edgecompress.errors import ParityError
 from edgecompress.export import INPUT_NAME, OUTPUT_NAME, open_session
 from edgecompress.preprocessing import Preprocessing
 from edgecompress.recipe import Gates
+from edgecompress.significance import SIGNIFICANT, images_needed, mcnemar, p_of_drop
 
 Logits = NDArray[np.float32]
 _BATCH_SIZE = 32
@@ -57,21 +58,26 @@ def run_onnx(path: Path, split: PreparedSplit, preprocessing: Preprocessing, ind
     return np.concatenate(collected)
 
 
+def largest_differences(reference: Logits, other: Logits) -> tuple[float, float]:
+    """The largest difference of two arrays of logits, and its share of the reference's largest logit."""
+    difference = float(np.abs(reference - other).max())
+    return difference, difference / max(float(np.abs(reference).max()), 1e-12)
+
+
 def compare_float(torch_logits: Logits, onnx_logits: Logits, gates: Gates) -> dict[str, Any]:
     """PyTorch against ONNX, both fp32: the `onnx_fp32` part of parity.json, with its `checks`."""
-    _require_finite(torch_logits, "PyTorch")
-    _require_finite(onnx_logits, "the fp32 ONNX file")
-    difference = float(np.abs(torch_logits - onnx_logits).max())
-    relative = difference / max(float(np.abs(torch_logits).max()), 1e-12)
+    require_finite(torch_logits, "PyTorch")
+    require_finite(onnx_logits, "the fp32 ONNX file")
+    difference, relative = largest_differences(torch_logits, onnx_logits)
     agreement = top1_agreement(torch_logits, onnx_logits)
     checks = [
-        _at_most(
+        at_most(
             "fp32_max_relative_diff",
             relative,
             gates.fp32_max_relative_diff,
             f"fp32 ONNX differs from PyTorch by {relative:.2e} of the largest logit",
         ),
-        _at_least(
+        at_least(
             "fp32_min_top1_agreement",
             agreement,
             gates.fp32_min_top1_agreement,
@@ -91,19 +97,20 @@ def compare_int8(
     float_logits: Logits, int8_logits: Logits, torch_int8_logits: Logits, labels: NDArray[np.int64], gates: Gates
 ) -> dict[str, Any]:
     """int8 ONNX against fp32 ONNX and against int8 PyTorch: the `onnx_int8` part of parity.json."""
-    _require_finite(float_logits, "the fp32 ONNX file")
-    _require_finite(torch_int8_logits, "int8 PyTorch")
-    _require_finite(int8_logits, "the int8 ONNX file")
+    require_finite(float_logits, "the fp32 ONNX file")
+    require_finite(torch_int8_logits, "int8 PyTorch")
+    require_finite(int8_logits, "the int8 ONNX file")
+    was_right, is_right = float_logits.argmax(axis=1) == labels, int8_logits.argmax(axis=1) == labels
     agreement = top1_agreement(float_logits, int8_logits)
     torch_agreement = top1_agreement(torch_int8_logits, int8_logits)
     checks = [
-        _at_least(
+        at_least(
             "int8_min_top1_agreement",
             agreement,
             gates.int8_min_top1_agreement,
             f"int8 ONNX agrees with fp32 ONNX on {agreement:.2%} of predictions",
         ),
-        _at_least(
+        at_least(
             "torch_int8_min_top1_agreement",
             torch_agreement,
             gates.torch_int8_min_top1_agreement,
@@ -114,8 +121,9 @@ def compare_int8(
     return {
         "top1_agreement": agreement,
         "sqnr_db": sqnr_db(float_logits, int8_logits),
-        "accuracy_fp32": float(np.mean(float_logits.argmax(axis=1) == labels)),
-        "accuracy_int8": float(np.mean(int8_logits.argmax(axis=1) == labels)),
+        "accuracy_fp32": float(np.mean(was_right)),
+        "accuracy_int8": float(np.mean(is_right)),
+        "mcnemar": mcnemar(was_right, is_right).to_dict(),
         "torch_int8_top1_agreement": torch_agreement,
         "torch_int8_max_abs_diff": float(np.abs(torch_int8_logits - int8_logits).max()),
         "passed": all(check["passed"] for check in checks),
@@ -123,12 +131,14 @@ def compare_int8(
     }
 
 
-def _at_most(gate: str, value: float, limit: float, sentence: str) -> dict[str, Any]:
+def at_most(gate: str, value: float, limit: float, sentence: str) -> dict[str, Any]:
+    """A check that a value does not exceed the gate of that name, with its sentence."""
     text = f"{sentence} (at most {limit:g}, gates.{gate})."
     return {"gate": gate, "value": value, "limit": limit, "passed": value <= limit, "sentence": text}
 
 
-def _at_least(gate: str, value: float, limit: float, sentence: str) -> dict[str, Any]:
+def at_least(gate: str, value: float, limit: float, sentence: str) -> dict[str, Any]:
+    """A check that a value reaches the gate of that name, with its sentence."""
     text = f"{sentence} (at least {limit:g}, gates.{gate})."
     return {"gate": gate, "value": value, "limit": limit, "passed": value >= limit, "sentence": text}
 
@@ -141,23 +151,65 @@ def constant_predictions(logits: Logits) -> bool:
 def class_changes(
     float_logits: Logits, int8_logits: Logits, labels: NDArray[np.int64], class_names: tuple[str, ...]
 ) -> list[dict[str, Any]]:
-    """Accuracy per class before and after int8, and how many of its images changed their answer."""
+    """Accuracy per class before and after int8, how many of its images changed their answer, and what that proves.
+
+    `lost` images were right in fp32 and are wrong in int8, `won` the other way round; `p_value` is the chance of such
+    a loss where int8 changes nothing for the better or the worse.
+    """
     before, after = float_logits.argmax(axis=1), int8_logits.argmax(axis=1)
     rows = []
     for label in np.unique(labels):
         chosen = labels == label
+        was_right, is_right = before[chosen] == label, after[chosen] == label
+        change = mcnemar(was_right, is_right)
         rows.append(
             {
                 "name": class_names[int(label)],
                 "samples": int(chosen.sum()),
-                "accuracy_fp32": float(np.mean(before[chosen] == label)),
-                "accuracy_int8": float(np.mean(after[chosen] == label)),
+                "accuracy_fp32": float(np.mean(was_right)),
+                "accuracy_int8": float(np.mean(is_right)),
                 "flips": int(np.sum(before[chosen] != after[chosen])),
+                "lost": change.lost,
+                "won": change.won,
+                "p_value": p_of_drop(change.lost, change.won),
             }
         )
     return rows
 
 
-def _require_finite(logits: Logits, what: str) -> None:
+def worst_class(rows: list[dict[str, Any]], gates: Gates) -> dict[str, Any]:
+    """The class that int8 costs most, and the gate on it: the `worst_class` part of parity.json, with its `checks`.
+
+    A drop beyond the gate fails only where it is more than chance, at 5 % over all classes together (Bonferroni:
+    each of k classes at 5 % / k); where it is not, `images_needed` says how many images would settle it.
+    """
+    level = SIGNIFICANT / max(1, len(rows))
+    drops = [row["accuracy_fp32"] - row["accuracy_int8"] for row in rows]
+    proven = [drop if row["p_value"] < level else 0.0 for row, drop in zip(rows, drops, strict=True)]
+    limit = gates.max_class_accuracy_drop
+    failing = any(drop > limit for drop in proven)
+    # What is named is a class that fails, where one does: a larger drop may be one of two images.
+    ranked = proven if failing else drops
+    row, drop = rows[int(np.argmax(ranked))], drops[int(np.argmax(ranked))]
+    named = f"class {row['name']} loses {drop * 100:.1f} points by int8 on {row['samples']} images"
+    needed = None
+    if drop > limit and not failing:
+        needed = images_needed(row["samples"], row["lost"], row["won"], level=level)
+        tells = f"about {needed} images of it would tell" if needed else "no number of images would tell at this rate"
+        named += f", which may be chance (p = {row['p_value']:.2g}); {tells}"
+    return {
+        "name": row["name"],
+        "samples": row["samples"],
+        "drop": drop,
+        "p_value": row["p_value"],
+        "significance_level": level,
+        "images_needed": needed,
+        "sentence": f"{named[0].upper()}{named[1:]}." if drop > 0 else "No class loses accuracy by int8.",
+        "checks": [at_most("max_class_accuracy_drop", max(0.0, *proven), limit, f"{named[0].upper()}{named[1:]}")],
+    }
+
+
+def require_finite(logits: Logits, what: str) -> None:
+    """Raise ParityError where logits are no numbers."""
     if not np.isfinite(logits).all():
         raise ParityError(f"{what} gives NaN or infinity on {int((~np.isfinite(logits)).any(axis=1).sum())} images")

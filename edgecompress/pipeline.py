@@ -79,12 +79,18 @@ def apply(
 
 
 def export(
-    path: Path | None, *, target: str | None = None, int8: bool = False, overrides: Sequence[str] = ()
+    path: Path | None,
+    *,
+    target: str | None = None,
+    int8: bool = False,
+    with_preprocessing: bool = False,
+    ort: bool = False,
+    overrides: Sequence[str] = (),
 ) -> Outcome:
     """Export a run's models and check parity."""
     run = open_run(path)
     resolved = _target_of(run, target)
-    export_run(run, resolved, int8=int8, overrides=tuple(overrides))
+    export_run(run, resolved, int8=int8, overrides=tuple(overrides), with_preprocessing=with_preprocessing, ort=ort)
     manifest = run.read_manifest()
     return Outcome(run, manifest, missed_gates(manifest, resolved.name))
 

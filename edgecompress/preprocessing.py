@@ -128,6 +128,12 @@ class Preprocessing:
         return (shorter, longer) if width <= height else (longer, shorter)
 
 
+def whole_image(image: Image.Image, channels: int) -> np.ndarray:
+    """An image of any mode at its own size, uint8 [H, W, C]: what a file with preprocessing inside reads."""
+    pixels = np.asarray(to_mode(image, "L" if channels == 1 else "RGB"), dtype=np.uint8)
+    return np.array(pixels[..., None] if pixels.ndim == 2 else pixels, order="C")
+
+
 def to_mode(image: Image.Image, mode: str) -> Image.Image:
     """An image of any PIL mode as 8-bit 'L' or 'RGB'. Raises ValueError when its values have no 8-bit meaning."""
     if image.mode == mode:

@@ -8,8 +8,7 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
-import numpy as np
-import torch
+import onnx
 
 from edgecompress.bench_results import measured_elsewhere, read_bench
 from edgecompress.bundle import fill_folder
@@ -17,10 +16,12 @@ from edgecompress.checkpoint import rebuild
 from edgecompress.errors import RunError
 from edgecompress.export_run import BASELINE_FILE
 from edgecompress.measuring import STANDARD
+from edgecompress.preprocessing_graph import InputForm, input_form
 from edgecompress.profiling import profile_models
 from edgecompress.remote import Host, measure_on
 from edgecompress.run_directory import Json, RunDirectory, write_json
 from edgecompress.run_state import last_float_id, missed_gates, recipe_of
+from edgecompress.samples import latency_note, measuring_input
 from edgecompress.target import Target
 from edgecompress.verdict import decide
 
@@ -49,16 +50,20 @@ def profile_run(
             f"first: edgecompress export {run.path} --int8 --target {target.name}"
         )
     manifest = run.read_manifest()
+    form = _one_form(run, present)
     failed: list[str] = []
     if host is None and results is None:
+        preprocessing = rebuild(run.stage(last_float_id(recipe_of(manifest))))[0].architecture.preprocessing
         with tempfile.TemporaryDirectory() as scratch:
-            inputs = _normalized_samples(run, manifest, folder, Path(scratch))
+            inputs = measuring_input(folder, preprocessing, form, Path(scratch))
             profile = profile_models(
                 present, target=target, input_npy=inputs, seconds=seconds, thoroughness=thoroughness
             )
     else:
         there: Json = {"seconds": seconds, "thoroughness": thoroughness, "host": host, "results": results}
         profile, failed = _profile_elsewhere(run, target, present, folder, **there)
+    note = latency_note(folder, form)
+    profile |= {"input_form": form, "notes": [*([note] if note and profile["measured"] else []), *profile["notes"]]}
     judged_speed = [target.name] if profile["measured"] else []
     verdict = decide(
         profile,
@@ -121,16 +126,13 @@ def _profile_elsewhere(
     return profile, failed
 
 
-def _normalized_samples(run: RunDirectory, manifest: Json, folder: Path, scratch: Path) -> Path | None:
-    """The sample images as the model reads them, or None where the export left none."""
-    stored = folder / "samples.npy"
-    if not stored.is_file():
-        return None
-    checkpoint, _ = rebuild(run.stage(last_float_id(recipe_of(manifest))))
-    images = torch.from_numpy(np.load(stored, allow_pickle=False))
-    path = scratch / "input.npy"
-    np.save(path, checkpoint.architecture.preprocessing.normalize(images).numpy())
-    return path
+def _one_form(run: RunDirectory, models: dict[str, Path]) -> InputForm:
+    """The form of input that all files read. Raises RunError where they differ: one image could not feed them all."""
+    forms = {name: input_form(onnx.load(path)) for name, path in models.items()}
+    if len(set(forms.values())) > 1:
+        found = ", ".join(f"{name}: {form}" for name, form in forms.items())
+        raise RunError(f"{run.path}: the exported files read different inputs ({found}); export all of them again")
+    return next(iter(forms.values()))
 
 
 def _accuracy_drop(manifest: Json, has_int8: bool) -> float | None:

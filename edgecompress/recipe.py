@@ -156,7 +156,16 @@ class Gates(FrozenSettings):
     fp32_min_top1_agreement: ClosedFraction = 0.995
     int8_min_top1_agreement: ClosedFraction = Field(default=0.95, description="int8 ONNX against fp32 ONNX")
     torch_int8_min_top1_agreement: ClosedFraction = Field(default=0.995, description="int8 ONNX against int8 PyTorch")
+    preprocessing_min_top1_agreement: ClosedFraction = Field(
+        default=0.995, description="the file with preprocessing inside, against PIL and the file without"
+    )
+    max_class_accuracy_drop: ClosedFraction = Field(
+        default=0.1, description="worst class, int8 against fp32; fails only where the drop is more than chance"
+    )
     max_samples: PositiveInt = Field(default=10_000, description="images compared at most, a seeded choice")
+    variant_samples: PositiveInt = Field(
+        default=256, description="images for other batches, threads, formats and for preprocessing, a seeded choice"
+    )
 
 
 class Recipe(FrozenSettings):

@@ -16,6 +16,7 @@ from edgecompress.parity import (
     constant_predictions,
     sqnr_db,
     top1_agreement,
+    worst_class,
 )
 from edgecompress.recipe import Gates
 
@@ -185,14 +186,50 @@ def test_predictions_that_never_change_are_noticed(make: Callable[[], np.ndarray
 def test_class_changes_by_hand() -> None:
     labels = np.array([3, 0, 0, 0, 3, 1])
     before, after = logits(3, 0, 0, 2, 1, 1), logits(3, 0, 2, 0, 2, 1)
-    assert class_changes(before, after, labels, ("ant", "bee", "cat", "dog")) == [
-        {
-            "name": "ant",
-            "samples": 3,
-            "accuracy_fp32": pytest.approx(2 / 3),
-            "accuracy_int8": pytest.approx(2 / 3),
-            "flips": 2,
-        },
-        {"name": "bee", "samples": 1, "accuracy_fp32": 1.0, "accuracy_int8": 1.0, "flips": 0},
-        {"name": "dog", "samples": 2, "accuracy_fp32": 0.5, "accuracy_int8": 0.5, "flips": 1},
+    names = ("name", "samples", "accuracy_fp32", "accuracy_int8", "flips", "lost", "won", "p_value")
+    rows = class_changes(before, after, labels, ("ant", "bee", "cat", "dog"))
+    assert [tuple(row[name] for name in names) for row in rows] == [
+        ("ant", 3, pytest.approx(2 / 3), pytest.approx(2 / 3), 2, 1, 1, 0.75),
+        ("bee", 1, 1.0, 1.0, 0, 0, 0, 1.0),
+        ("dog", 2, 0.5, 0.5, 1, 0, 0, 1.0),
     ]
+    assert rows[0].keys() == set(names)
+
+
+def test_mcnemar_stands_beside_the_accuracies() -> None:
+    labels = np.zeros(8, dtype=np.int64)
+    before, after = logits(*[0] * 8), logits(*[0] * 3, *[1] * 5)
+    found = compare_int8(before, after, after, labels, GATES)
+    assert found["mcnemar"] == {"lost": 5, "won": 0, "p_value": 2 / 32}
+
+
+def _dropped(samples: int, lost: int, classes: int = 2) -> dict[str, Any]:
+    """One class of which `lost` images are lost, and others that stay as they are."""
+    labels = np.concatenate([np.zeros(samples, np.int64), np.repeat(np.arange(1, classes), 4)])
+    before = logits(*labels, classes=classes)
+    answers = labels.copy()
+    answers[:lost] = 1
+    names = tuple(f"class{i}" for i in range(classes))
+    return worst_class(class_changes(before, logits(*answers, classes=classes), labels, names), GATES)
+
+
+def test_a_class_fails_only_where_its_drop_is_more_than_chance() -> None:
+    (check,) = _dropped(30, 6)["checks"]
+    assert (check["gate"], check["passed"]) == ("max_class_accuracy_drop", False)
+    assert check["value"] == pytest.approx(0.2)
+    assert "Class class0 loses 20.0 points by int8 on 30 images" in check["sentence"]
+    # One in five as well, but of ten images: two may be lost by chance.
+    few = _dropped(10, 2)
+    assert few["checks"][0]["passed"]
+    assert (few["drop"], few["p_value"]) == (pytest.approx(0.2), 0.25)
+    assert few["images_needed"] == 30  # six lost: 1 / 64 is below 5 % / 2, five lost would not be
+    assert "may be chance" in few["sentence"]
+    assert "30 images" in few["sentence"]
+    # Significant, but within the gate.
+    assert _dropped(400, 20)["checks"][0]["passed"]
+    # The more classes, the stronger the evidence that one of them needs.
+    assert _dropped(30, 6, classes=4)["checks"][0]["passed"]
+
+
+def test_no_class_that_loses_is_said_so() -> None:
+    assert _dropped(10, 0)["sentence"] == "No class loses accuracy by int8."

@@ -253,6 +253,37 @@ def test_export_without_int8_then_with_it(tmp_path: Path) -> None:
     assert "onnx_int8" in _json(outcome.run.export / "parity.json")
 
 
+def test_export_with_preprocessing_and_ort_format(tmp_path: Path) -> None:
+    settings = ("stages.int8.effort=fast", "stages.int8.placement=full", "stages.int8.calibration.samples=64")
+    run = pipeline.apply("int8_ptq", target="x86", overrides=settings, output=tmp_path / "run").run
+    pipeline.export(run.path, int8=True, with_preprocessing=True, ort=True)
+    parity = _json(run.export / "parity.json")
+    assert parity["input_form"] == "uint8_nhwc"
+    assert parity["with_preprocessing"]["passed"]
+    assert parity["with_preprocessing"]["top1_agreement"] == 1.0  # digits have the model's size already
+    assert parity["with_preprocessing"]["int8"]["top1_agreement"] == 1.0
+    assert parity["ort_format"]["passed"]
+    assert all(part["passed"] for part in parity["variants"].values())
+    assert parity["onnx_int8"]["mcnemar"]["p_value"] <= 1
+    assert run.read_manifest()["exports"]["x86"] == {
+        "folder": "export",
+        "input_form": "uint8_nhwc",
+        "int8": True,
+        "ort_format": True,
+    }
+    for name in ("model.onnx", "model.int8.onnx", "model.int8.ort"):
+        (entry,) = onnxruntime.InferenceSession(run.export / name).get_inputs()
+        assert (entry.type, entry.shape[1:]) == ("tensor(uint8)", ["height", "width", 1])
+    profile = pipeline.profile(run.path, target="x86", seconds=1.0).profiles["x86"]
+    assert profile["input_form"] == "uint8_nhwc"
+    assert "latencies include" in " ".join(profile["notes"]) or not profile["measured"]
+    # Without int8 the other form would be left beside it: one image could not feed both.
+    pipeline.export(run.path)
+    assert not (run.export / "model.int8.onnx").exists()
+    assert not (run.export / "model.ort").exists()
+    assert pipeline.profile(run.path, target="x86", seconds=1.0).profiles["x86"]["input_form"] == "float32_nchw"
+
+
 def test_profile_before_export_says_what_to_do(tmp_path: Path) -> None:
     stages = "  - {id: int8, kind: quantize, effort: fast}\n"
     pipeline.apply(str(_checkpoint_recipe(tmp_path, stages)), output=tmp_path / "run")
