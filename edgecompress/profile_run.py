@@ -62,7 +62,7 @@ def profile_run(
     else:
         there: Json = {"seconds": seconds, "thoroughness": thoroughness, "host": host, "results": results}
         profile, failed = _profile_elsewhere(run, target, present, folder, **there)
-    note = latency_note(folder, form)
+    note = latency_note(folder if host is None and results is None else None, form)
     profile |= {"input_form": form, "notes": [*([note] if note and profile["measured"] else []), *profile["notes"]]}
     judged_speed = [target.name] if profile["measured"] else []
     verdict = decide(

@@ -68,12 +68,15 @@ def measuring_input(folder: Path, preprocessing: Preprocessing, form: InputForm,
     return path
 
 
-def latency_note(folder: Path, form: InputForm) -> str | None:
-    """What a measured latency includes beyond the model, in words; None where it is the model alone."""
+def latency_note(folder: Path | None, form: InputForm) -> str | None:
+    """What a measured latency includes beyond the model, in words; None where it is the model alone.
+
+    `folder` is None where other images than those of the export were measured.
+    """
     if form != PIXEL_FORM:
         return None
-    stored = folder / PIXELS_FILE
-    if not stored.is_file():
+    stored = folder / PIXELS_FILE if folder is not None else None
+    if stored is None or not stored.is_file():
         return "Preprocessing is inside the files, so latencies include it."
     height, width = np.load(stored, mmap_mode="r", allow_pickle=False).shape[1:3]
     return (
