@@ -75,7 +75,11 @@ def trust_facts(manifest: Json, parity: Json, target: str) -> dict[str, Any]:
     return {
         "parity": {key: parity.get(key) for key in ("target", "samples", "split", "constant_predictions")},
         "accuracy": {name: section(parity, "onnx_int8").get(f"accuracy_{name}") for name in ("fp32", "int8")},
-        "comparisons": _comparisons(parity, {str(gate.get("gate")): gate.get("passed") for gate in gates}),
+        "comparisons": [
+            *_comparisons(parity, {str(gate.get("gate")): gate.get("passed") for gate in gates}),
+            *_other_comparisons(parity),
+        ],
+        "remarks": parity_remarks(parity),
         "scheme": fact_rows(
             {
                 **section(parity, "onnx_int8", "scheme"),
@@ -119,6 +123,55 @@ def _comparisons(parity: Json, passed: Mapping[str, Any]) -> list[dict[str, Any]
             own = facts.get("passed") if facts is fp32 or facts.get("passed") else None
             rows.append({**row, "passed": own if passed.get(gate) is None or own is False else passed[gate]})
     return rows
+
+
+def _other_comparisons(parity: Json) -> list[dict[str, Any]]:
+    """The same files in other settings, in ORT format, and with the preprocessing inside."""
+    parts: list[tuple[str, str, Json]] = []
+    for precision in ("fp32", "int8"):
+        for run in entries(section(parity, "variants", precision), "runs"):
+            optimizer = "" if run.get("graph_optimization") == "all" else ", optimizer off"
+            way = f"batch {run.get('batch')}, threads: {run.get('threads')}{optimizer}"
+            parts.append((f"ONNX {precision}, {way}", "its usual run", run))
+        parts.append((f"ORT format {precision}", f"ONNX {precision}", section(parity, "ort_format", precision)))
+        inside = section(parity, "with_preprocessing", precision)
+        parts.append((f"ONNX {precision}, preprocessing inside", "Python preprocessing", inside))
+    return [
+        {
+            "what": what,
+            "against": against,
+            "agreement": summary.quantity_text(facts.get("top1_agreement"), "top1_agreement"),
+            "rest": ", ".join(
+                f"{label} {summary.quantity_text(facts[key], key)}"
+                for label, key in _FP32_DIFFERENCES.items()
+                if facts.get(key) is not None
+            ),
+            "passed": facts.get("passed"),
+        }
+        for what, against, facts in parts
+        if facts.get("top1_agreement") is not None
+    ]
+
+
+def parity_remarks(parity: Json) -> list[str]:
+    """What else parity found, as sentences: chance or not, the worst class, what phones can run."""
+    test, worst = section(parity, "onnx_int8", "mcnemar"), section(parity, "worst_class")
+    remarks: list[object] = []
+    if number(test.get("p_value")) is not None:
+        remarks.append(
+            f"Int8 lost {test.get('lost')} images that fp32 had right and won {test.get('won')} "
+            f"(McNemar's exact test: p = {test['p_value']:.2g})."
+        )
+    remarks += [worst["sentence"]] if worst.get("sentence") else []
+    for precision, answer in section(parity, "ort_format", "mobile_usability").items():
+        verdicts = [
+            f"{name.replace('_', ' ')} {section(answer, name).get('with_fixed_shapes')}"
+            for name in ("nnapi", "coreml_neuralnetwork", "coreml_mlprogram")
+        ]
+        remarks.append(
+            f"ONNX Runtime's mobile usability checker on {precision}, with shapes fixed: {', '.join(verdicts)}."
+        )
+    return sayings(remarks)
 
 
 def time_facts(profile: Json, parity: Json) -> dict[str, Any]:

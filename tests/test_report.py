@@ -645,3 +645,29 @@ def test_positions_in_figures_stay_inside(tmp_path: Path) -> None:
     assert gain["accuracy_figure"]["axis"]["high"] <= 100
     assert gain["accuracy_figure"]["mark"] == pytest.approx(97.78)
     assert gain["latency_figure"]["mark"] == 0.2
+
+
+def test_parity_in_other_settings_reaches_the_page() -> None:
+    from edgecompress.report_evidence import trust_facts
+
+    run = {"batch": 1, "threads": 1, "graph_optimization": "all", "top1_agreement": 1.0, "max_abs_diff": 0.0}
+    parity = {
+        "variants": {"int8": {"runs": [run | {"passed": True}]}},
+        "ort_format": {
+            "fp32": {"top1_agreement": 0.5, "passed": False},
+            "mobile_usability": {"fp32": {"nnapi": {"with_fixed_shapes": "YES"}}},
+        },
+        "with_preprocessing": {"fp32": {"top1_agreement": 0.998, "passed": True}},
+        "onnx_int8": {"mcnemar": {"lost": 4, "won": 1, "p_value": 0.375}},
+        "worst_class": {"sentence": "Class x loses 3.0 points by int8 on 40 images."},
+    }
+    facts = trust_facts({}, parity, "x86")
+    rows = {row["what"]: row["passed"] for row in facts["comparisons"]}
+    assert rows == {
+        "ONNX int8, batch 1, threads: 1": True,
+        "ORT format fp32": False,
+        "ONNX fp32, preprocessing inside": True,
+    }
+    assert "lost 4 images that fp32 had right and won 1 (McNemar's exact test: p = 0.38)" in facts["remarks"][0]
+    assert facts["remarks"][1] == "Class x loses 3.0 points by int8 on 40 images."
+    assert "on fp32, with shapes fixed: nnapi YES" in facts["remarks"][2]
