@@ -191,6 +191,7 @@ REFUSED_ARGUMENTS = {
     "report without a run": (["report"], ["no run yet under runs/"]),
     "run is a missing folder": (["export", "nope"], ["nope: not a run directory (it holds no run.json)"]),
     "endless folder name": (["report", "a" * 5_000], ["cannot be read: File name too long"]),
+    "two presets": (["run", "prune_kd", "--target", "x86", "--quick", "--thorough"], ["give one of them"]),
     "endless time": (["run", "prune_kd", "--target", "x86", "--seconds", "inf"], ["--seconds: inf"]),
 }
 
