@@ -15,7 +15,7 @@ import sys
 import webbrowser
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 from typer.core import TyperGroup
@@ -306,29 +306,49 @@ def verify(
 @app.command()
 def sensitivity(
     run: RunArgument = None,
-    images: Annotated[int, typer.Option("--images", min=1, help="Held-out images to measure on.")] = 32,
+    what: Annotated[
+        Literal["int8", "channels", "both"], typer.Option("--what", help="Rounding, pruning, or both.")
+    ] = "both",
+    target: OptionalTarget = None,
+    images: Annotated[
+        int | None, typer.Option("--images", min=1, help="Held-out images; left out, 32 for int8 and 256 for channels.")
+    ] = None,
+    macs_ratio: Annotated[
+        float, typer.Option("--macs-ratio", min=0.01, max=0.99, help="Share of the MACs that the proposal removes.")
+    ] = 0.5,
+    latency: Annotated[
+        bool, typer.Option("--latency/--no-latency", help="Time each group cut by half, beside the whole model.")
+    ] = True,
     as_json: JsonOption = False,
     no_gate: NoGateOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Measure what int8 costs in each layer: the layer alone in int8, and all layers but it."""
+    """Measure what int8 costs in each layer, and what each group of channels is worth; propose ratios to prune by."""
     console.set_quiet(quiet)
     with _reporting_errors(as_json):
-        _check_run_and_target(run, None)
+        _check_run_and_target(run, target)
         _silence_library_logs()
         with contextlib.redirect_stdout(sys.stderr):
             from edgecompress import pipeline
 
-            outcome, document = pipeline.sensitivity(run, images=images)
+            outcome, document = pipeline.sensitivity(
+                run, what=what, target=target, images=images, macs_ratio=macs_ratio, timed=latency
+            )
         if as_json:
             _print_json(document)
             return
         from rich.console import Console
 
         from edgecompress.placement_text import sensitivity_table
+        from edgecompress.sensitivity_text import channels_table, proposal_lines
 
         stdout = Console(highlight=False, emoji=False)
-        stdout.print(sensitivity_table(document))
+        if what != "channels" and "layers" in document:
+            stdout.print(sensitivity_table(document))
+        if what != "int8":
+            stdout.print(channels_table(document["channels"]))
+            for line in proposal_lines(document["channels"]["proposal"]):
+                stdout.print(line, markup=False, soft_wrap=True)
         stdout.print(f"run:    {outcome.run.path}", markup=False, soft_wrap=True)
 
 

@@ -16,24 +16,29 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Literal
 
 from edgecompress import console, workers
 from edgecompress.apply_run import apply_recipe, start_manifest
 from edgecompress.bundle import Bundle, write_bundle
+from edgecompress.channel_sensitivity_run import channel_sensitivity_run
 from edgecompress.debug_run import debug_run
 from edgecompress.errors import ConfigurationError, InputError, RunError
 from edgecompress.export_run import export_folder, export_run
 from edgecompress.machine import own_target
 from edgecompress.measuring import STANDARD, THOROUGHNESS
 from edgecompress.profile_run import profile_run
-from edgecompress.recipe import Recipe, load_recipe
+from edgecompress.recipe import QatStage, Recipe, load_recipe
 from edgecompress.remote import Host
 from edgecompress.report import ReportPaths, write_report
-from edgecompress.run_directory import RUNS_ROOT, Json, RunDirectory, new_run_path, open_run
-from edgecompress.run_state import missed_gates, recipe_document
+from edgecompress.run_directory import RUNS_ROOT, Json, RunDirectory, new_run_path, open_run, read_json, write_json
+from edgecompress.run_state import missed_gates, recipe_document, recipe_of
+from edgecompress.sensitivity_run import FILE as SENSITIVITY_FILE
 from edgecompress.sensitivity_run import sensitivity_run
 from edgecompress.shipped import shipped_path
 from edgecompress.target import Target, load_target
+
+INT8_IMAGES, CHANNEL_IMAGES = 32, 256  # held-out images of sensitivity; accuracy needs more of them than decibels
 
 
 @dataclass(frozen=True)
@@ -158,10 +163,35 @@ def _with_artifacts(run: RunDirectory) -> Json:
     return run.update_manifest(lambda m: m.update(artifacts=run.artifacts()))
 
 
-def sensitivity(path: Path | None, *, images: int) -> tuple[Outcome, Json]:
-    """What int8 costs in each layer of a run's model; returns the content of sensitivity.json beside the outcome."""
+def sensitivity(
+    path: Path | None,
+    *,
+    what: Literal["int8", "channels", "both"] = "both",
+    target: str | None = None,
+    images: int | None = None,
+    macs_ratio: float = 0.5,
+    timed: bool = True,
+) -> tuple[Outcome, Json]:
+    """What int8 costs in each layer of a run's model, and what each group of channels is worth.
+
+    Returns the content of sensitivity.json, in which what was not asked for stays as it was.
+    """
     run = open_run(path)
-    document = sensitivity_run(run, images=images)
+    stage = recipe_of(run.read_manifest()).quantize_stage
+    file = run.stage(stage.id) / SENSITIVITY_FILE
+    document: Json = read_json(file) if file.is_file() else {}
+    if what == "both" and isinstance(stage, QatStage):
+        console.warn(f"stage {stage.id} is qat, whose integers come from training; only channels are measured")
+        what = "channels"
+    if what in ("int8", "both"):
+        document |= sensitivity_run(run, images=images or INT8_IMAGES)
+    if what in ("channels", "both"):
+        resolved = _target_of(run, target)
+        document["channels"] = channel_sensitivity_run(
+            run, resolved, images=images or CHANNEL_IMAGES, macs_ratio=macs_ratio, timed=timed
+        )
+    write_json(file, document)
+    run.update_manifest(lambda m: m.update(artifacts=run.artifacts()))
     return Outcome(run, run.read_manifest()), document
 
 

@@ -54,12 +54,12 @@ def test_the_command_prints_a_table_and_writes_json(command_line: CommandLine, t
     placement = ("--set", "stages.int8.placement=full", "--set", "stages.int8.calibration.samples=32")
     made = command_line("apply", "int8_ptq", *settings, *placement, "--output", tmp_path / "run", "--no-gate")
     assert made.exit_code == 0, made.stderr
-    answer = command_line("sensitivity", tmp_path / "run", "--images", "8", "--json")
+    answer = command_line("sensitivity", tmp_path / "run", "--what", "int8", "--images", "8", "--json")
     assert answer.exit_code == 0, answer.stderr
     document = json.loads(answer.stdout)
     assert document["images"] == 8
     assert document == json.loads((tmp_path / "run/stages/int8/sensitivity.json").read_text())
     assert document["worst_first"][0] == max(document["layers"], key=lambda row: row["alone_noise"])["layer"]
-    shown = command_line("sensitivity", tmp_path / "run", "--images", "8")
+    shown = command_line("sensitivity", tmp_path / "run", "--what", "int8", "--images", "8")
     assert document["worst_first"][0][:12] in shown.stdout
     assert command_line("sensitivity", tmp_path / "none").exit_code == 2
