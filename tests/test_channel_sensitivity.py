@@ -44,9 +44,8 @@ def _net() -> TinyNet:
     with torch.no_grad():
         net.hidden.weight[8:] = 0
         net.hidden.bias[8:] = 0
-        net.hidden.weight[:8] *= 3
-    for norm in (net.stem[1], net.inner[1]):
-        norm.eval()
+        net.head.weight[:, 8:] = 0
+        net.head.weight *= 20  # sure of its answers, so that the loss starts near 0
     return net
 
 
@@ -88,7 +87,7 @@ def test_the_proposal_reaches_its_share_and_takes_what_costs_nothing_first() -> 
     measured = _measured(_net())
     rows = measured.measure(latency_of=None)
     ratios, removed = measured.propose(rows, 0.4)
-    assert 0.4 <= removed < 0.45
+    assert 0.4 <= removed < 0.5
     assert ratios["hidden"] == 0.75
     stage = PruneStage.model_validate({"kind": "prune", "id": "p", "layer_ratios": ratios})
     net = _net()
