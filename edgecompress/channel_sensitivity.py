@@ -148,7 +148,7 @@ class ChannelSensitivity:
         The least such loss that removes `macs_ratio` of the MACs. Raises PruningError where the measured shares do not
         remove as much.
         """
-        most = max((point.loss_increase for row in rows for point in row.points), default=0.0)
+        most = max([0.0, *(point.loss_increase for row in rows for point in row.points)])
         if self._removed(rows, most) < macs_ratio:
             raise PruningError(
                 f"no shares to propose: with every group cut as far as was measured, {self._removed(rows, most):.1%} "
