@@ -152,7 +152,13 @@ def export(
 @app.command()
 def profile(
     target: TargetOption,
-    run: RunArgument = None,
+    paths: Annotated[
+        list[Path] | None,
+        typer.Argument(
+            metavar="[RUN | FILE.onnx ...]",
+            help="A run directory (left out, the newest under runs/), or any ONNX files, the first as the reference.",
+        ),
+    ] = None,
     seconds: SecondsOption = None,
     quick: QuickOption = False,
     thorough: ThoroughOption = False,
@@ -164,13 +170,34 @@ def profile(
     results: Annotated[
         Path | None, typer.Option("--results", help="Judge what a bundle's bench.py wrote on a device.")
     ] = None,
+    sweep: Annotated[
+        str | None,
+        typer.Option("--sweep", help="threads, batch, options, joined by commas, or none; left out, a small one."),
+    ] = None,
+    providers: Annotated[
+        str | None, typer.Option("--providers", help="Execution providers to compare: all, or cpu,xnnpack,...")
+    ] = None,
+    shape: Annotated[
+        list[str] | None,
+        typer.Option("--shape", metavar="INPUT=1x3x224x224", help="Sizes of an input with free axes; for files."),
+    ] = None,
+    output: Annotated[Path | None, typer.Option("--output", help="Keep the document there; for files.")] = None,
     as_json: JsonOption = False,
     no_gate: NoGateOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Measure a run's exported files on ONNX Runtime and judge them against a target's budgets."""
+    """Measure a run's exported files, or any ONNX files, and judge them against a target's budgets."""
+    if paths and (len(paths) > 1 or not paths[0].is_dir()) and _are_files(paths, host or results, as_json):
+        asked: dict[str, Any] = {"sweep": sweep, "providers": providers, "shapes": shape or (), "output": output}
+        with _reporting_errors(as_json):
+            asked |= {"seconds": seconds, "thoroughness": _thoroughness(quick, thorough)}
+        _profile_files(paths, target, asked, as_json, no_gate, quiet)
+        return
+    run = paths[0] if paths else None
 
     def work() -> Outcome:
+        if shape or output:
+            raise ConfigurationError("--shape and --output go with ONNX files; a run knows its own")
         thoroughness = _thoroughness(quick, thorough)
         _check_run_and_target(run, target)
         from edgecompress.remote import Host
@@ -181,11 +208,62 @@ def profile(
         device = Host.of(load_target(target), host, python=host_python, ssh=ssh) if results is None else None
         from edgecompress import pipeline
 
-        return pipeline.profile(
-            run, target=target, seconds=seconds, thoroughness=thoroughness, host=device, results=results
-        )
+        how: dict[str, Any] = {"sweep": sweep, "providers": providers, "host": device, "results": results}
+        return pipeline.profile(run, target=target, seconds=seconds, thoroughness=thoroughness, **how)
 
     _finish(work, lambda outcome: next(iter(outcome.profiles.values())), as_json, no_gate, quiet)
+
+
+def _are_files(paths: Sequence[Path], elsewhere: object, as_json: bool) -> bool:
+    """Whether ONNX files were given rather than a run that is not there; a mixture is refused."""
+    folders = [path for path in paths if path.is_dir()]
+    with _reporting_errors(as_json):
+        if elsewhere and not folders:
+            raise ConfigurationError("--host and --results go with a run; ONNX files are measured on this machine")
+        if folders and len(paths) > 1:
+            raise ConfigurationError(
+                f"{folders[0]}: is a folder; give one run directory, or ONNX files and nothing else"
+            )
+    return len(paths) > 1 or paths[0].is_file() or paths[0].suffix in (".onnx", ".ort")
+
+
+def _profile_files(
+    paths: Sequence[Path],
+    target: str,
+    asked: dict[str, Any],
+    as_json: bool,
+    no_gate: bool,
+    quiet: bool,
+) -> None:
+    console.set_quiet(quiet)
+    with _reporting_errors(as_json):
+        _silence_library_logs()
+        from edgecompress import pipeline
+
+        with contextlib.redirect_stdout(sys.stderr):
+            document = pipeline.profile_files(paths, target=target, **asked)
+        if as_json:
+            _print_json(document)
+        else:
+            _print_files(document)
+            if asked["output"] is not None:
+                typer.echo(f"profile: {asked['output']}")
+        raise typer.Exit(EXIT_GATE_MISSED if document["missed"] and not no_gate else EXIT_OK)
+
+
+def _print_files(document: Any) -> None:
+    from rich.console import Console
+
+    from edgecompress.profile_text import budget_lines, explanation_tables, files_table
+
+    stdout = Console(highlight=False, emoji=False)
+    for text in document["notes"]:
+        console.note(f"note: {text}")
+    stdout.print(files_table(document))
+    for table in explanation_tables(document):
+        stdout.print(table, soft_wrap=True)
+    for line in budget_lines(document):
+        stdout.print(line, markup=False, soft_wrap=True)
 
 
 @app.command()
@@ -574,6 +652,7 @@ def _print_rows(rows: list[dict[str, str]]) -> None:
 def _print_outcome(outcome: Outcome) -> None:
     from rich.console import Console
 
+    from edgecompress.profile_text import explanation_tables
     from edgecompress.summary import models_table, slower_sentences, stages_table, verdict_text
 
     stdout = Console(highlight=False, emoji=False)
@@ -585,6 +664,8 @@ def _print_outcome(outcome: Outcome) -> None:
     for document in outcome.profiles.values():
         stdout.print(models_table(document))
     for document in outcome.profiles.values():
+        for table in explanation_tables(document):
+            stdout.print(table, soft_wrap=True)
         stdout.print(verdict_text(document), markup=False, soft_wrap=True)
     if outcome.missed and not outcome.profiles:
         for sentence in outcome.missed:

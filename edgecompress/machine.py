@@ -160,6 +160,32 @@ def _megahertz(root: Path, name: str) -> float | None:
     return int(text) / 1000 if text.isdigit() else None
 
 
+def frequency_facts(root: Path = ROOT) -> dict[str, Any]:
+    """The clock of the usable CPUs now and its governor; `absent_because` says why where the system hides them.
+
+    In a virtual machine /proc/cpuinfo may show a constant that its host made up, so `source` says where it is from.
+    """
+    clocks = [
+        _read(path) or "" for path in sorted((root / "sys/devices/system/cpu").glob("cpu*/cpufreq/scaling_cur_freq"))
+    ]
+    megahertz = [int(text) / 1000 for text in clocks if text.isdigit()]
+    source = "cpufreq" if megahertz else None
+    if not megahertz:
+        lines = (_read(root / "proc/cpuinfo") or "").splitlines()
+        words = [line.partition(":")[2].strip() for line in lines if line.lower().startswith("cpu mhz")]
+        megahertz = [float(word) for word in words if word.replace(".", "", 1).isdigit()]
+        source = "cpuinfo" if megahertz else None
+    governor = _read(root / "sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
+    absent = None if governor is not None else "no cpufreq in this system, as in most virtual machines and containers"
+    return {
+        "mhz_lowest": min(megahertz, default=None),
+        "mhz_highest": max(megahertz, default=None),
+        "governor": governor,
+        "source": source,
+        "absent_because": absent,
+    }
+
+
 def describe_machine(root: Path = ROOT) -> dict[str, Any]:
     """Facts of the machine at hand, ready for JSON. What the system does not expose is None."""
     quota = _cpu_quota(root)

@@ -387,7 +387,8 @@ def measure_latency(
                 {name: np.array(values) for name, values in shares.items()} if shares[next(iter(paths))] else None,
             )
             width = _widest(so_far)
-            advance(1, f"{len(reference)} processes, interval +-{width:.1%}")
+            known = f", interval +-{width:.1%}" if width < 1 else ""
+            advance(1, f"{len(reference)} processes{known}")
             reason = None
             if width < narrow_enough:
                 reason = f"the 95 % interval is within {width:.1%}, which is narrow enough ({narrow_enough:.1%})"

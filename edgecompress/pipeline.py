@@ -24,18 +24,23 @@ from edgecompress.bundle import Bundle, write_bundle
 from edgecompress.channel_sensitivity_run import channel_sensitivity_run
 from edgecompress.debug_run import debug_run
 from edgecompress.errors import ConfigurationError, InputError, RunError
+from edgecompress.explanation import Depth
 from edgecompress.export_run import export_folder, export_run
 from edgecompress.machine import own_target
 from edgecompress.measuring import STANDARD, THOROUGHNESS
+from edgecompress.model_files import parse_shapes
+from edgecompress.profile_files import profile_files as measure_files
 from edgecompress.profile_run import profile_run
 from edgecompress.recipe import QatStage, Recipe, load_recipe
 from edgecompress.remote import Host
 from edgecompress.report import ReportPaths, write_report
 from edgecompress.run_directory import RUNS_ROOT, Json, RunDirectory, new_run_path, open_run, read_json, write_json
 from edgecompress.run_state import missed_gates, recipe_document, recipe_of
+from edgecompress.runtime_options import parse_providers
 from edgecompress.sensitivity_run import FILE as SENSITIVITY_FILE
 from edgecompress.sensitivity_run import sensitivity_run
 from edgecompress.shipped import shipped_path
+from edgecompress.sweeps import parse_sweeps
 from edgecompress.target import Target, load_target
 
 INT8_IMAGES, CHANNEL_IMAGES = 32, 256  # held-out images of sensitivity; accuracy needs more of them than decibels
@@ -106,6 +111,8 @@ def profile(
     target: str,
     seconds: float | None = None,
     thoroughness: str = STANDARD,
+    sweep: str | None = None,
+    providers: str | None = None,
     host: Host | None = None,
     results: Path | None = None,
 ) -> Outcome:
@@ -114,13 +121,40 @@ def profile(
     `results` is what a bundle's bench.py wrote on a device; then nothing is measured.
     """
     seconds = _seconds(seconds, thoroughness)
+    depth = Depth(sweeps=parse_sweeps(sweep), providers=parse_providers(providers))
     run = open_run(path)
     resolved = load_target(target)
+    if (host is not None or results is not None) and (sweep is not None or providers is not None):
+        raise ConfigurationError("--sweep and --providers measure on this machine; leave them out with a device")
     folder = export_folder(run, resolved)
-    how: Json = {"seconds": seconds, "thoroughness": thoroughness, "host": host, "results": results}
+    how: Json = {"seconds": seconds, "thoroughness": thoroughness, "host": host, "results": results, "depth": depth}
     document = profile_run(run, resolved, folder=folder, **how)
     report = write_report(run, resolved.name)
     return Outcome(run, _with_artifacts(run), document["missed"], {resolved.name: document}, {resolved.name: report})
+
+
+def profile_files(
+    paths: Sequence[Path],
+    *,
+    target: str,
+    seconds: float | None = None,
+    thoroughness: str = STANDARD,
+    sweep: str | None = None,
+    providers: str | None = None,
+    shapes: Sequence[str] = (),
+    output: Path | None = None,
+) -> Json:
+    """Measure any ONNX files side by side on a target; returns the document, and keeps it at `output`."""
+    seconds = _seconds(seconds, thoroughness)
+    depth = Depth(sweeps=parse_sweeps(sweep), providers=parse_providers(providers))
+    sizes, resolved = parse_shapes(shapes), load_target(target)
+    if output is not None and (output.is_dir() or not output.absolute().parent.is_dir()):
+        raise ConfigurationError(f"--output {output}: give a file in a folder that is there")
+    how: Json = {"seconds": seconds, "thoroughness": thoroughness, "depth": depth}
+    document = measure_files(paths, target=resolved, shapes=sizes, **how)
+    if output is not None:
+        write_json(output, document)
+    return document
 
 
 def report(path: Path | None, *, target: str | None = None) -> Outcome:
@@ -234,7 +268,7 @@ def run(
         for target in resolved:
             folder = export_folder(directory, target)
             export_run(directory, target, int8=True)
-            profiles[target.name] = profile_run(directory, target, folder=folder, **how)
+            profiles[target.name] = profile_run(directory, target, folder=folder, depth=Depth(), **how)
     # The report is written last, so that it says "complete".
     for target in resolved:
         reports[target.name] = write_report(directory, target.name)

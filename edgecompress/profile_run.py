@@ -14,6 +14,7 @@ from edgecompress.bench_results import measured_elsewhere, read_bench
 from edgecompress.bundle import fill_folder
 from edgecompress.checkpoint import rebuild
 from edgecompress.errors import RunError
+from edgecompress.explanation import Depth
 from edgecompress.export_run import BASELINE_FILE
 from edgecompress.measuring import STANDARD
 from edgecompress.preprocessing_graph import InputForm, input_form
@@ -32,15 +33,16 @@ def profile_run(
     *,
     folder: Path,
     seconds: float,
+    depth: Depth,
     thoroughness: str = STANDARD,
     host: Host | None = None,
     results: Path | None = None,
 ) -> Json:
     """Measure the ONNX files of `folder` (int8 and baseline where there are any); returns the profile's document.
 
-    `seconds` bounds the time spent on latency, `thoroughness` names a preset of measuring. With `host` the device at
-    the other end of SSH measures, and tests itself first; `results` is a bench.json that a device wrote. Raises
-    RunError when nothing was exported for this target.
+    `seconds` bounds the time spent on latency, `thoroughness` names a preset of measuring, `depth` says what explains
+    it. With `host` the device at the other end of SSH measures, and tests itself first; `results` is a bench.json that
+    a device wrote. Raises RunError when nothing was exported for this target.
     """
     models = {"baseline": folder / BASELINE_FILE, "fp32": folder / "model.onnx", "int8": folder / "model.int8.onnx"}
     present = {name: path for name, path in models.items() if path.is_file()}
@@ -56,9 +58,8 @@ def profile_run(
         preprocessing = rebuild(run.stage(last_float_id(recipe_of(manifest))))[0].architecture.preprocessing
         with tempfile.TemporaryDirectory() as scratch:
             inputs = measuring_input(folder, preprocessing, form, Path(scratch))
-            profile = profile_models(
-                present, target=target, input_npy=inputs, seconds=seconds, thoroughness=thoroughness
-            )
+            how: Json = {"seconds": seconds, "thoroughness": thoroughness, "depth": depth}
+            profile = profile_models(present, target=target, input_npy=inputs, **how)
     else:
         there: Json = {"seconds": seconds, "thoroughness": thoroughness, "host": host, "results": results}
         profile, failed = _profile_elsewhere(run, target, present, folder, **there)

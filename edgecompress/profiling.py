@@ -19,8 +19,17 @@ import onnxruntime as ort
 from edgecompress import console
 from edgecompress.complexity import compressed_size_bytes
 from edgecompress.errors import ProfileError
+from edgecompress.explanation import LATENCY_ALONE, Depth, Explained, explain
 from edgecompress.integer_graph import inspect_integer_graph
-from edgecompress.machine import VNNI_FEATURES, describe_machine, fits, summarize_machine, usable_cpus, versions
+from edgecompress.machine import (
+    VNNI_FEATURES,
+    describe_machine,
+    fits,
+    frequency_facts,
+    summarize_machine,
+    usable_cpus,
+    versions,
+)
 from edgecompress.measuring import (
     STANDARD,
     THOROUGHNESS,
@@ -60,21 +69,62 @@ def profile_models(
     input_npy: Path | None,
     seconds: float = 30.0,
     thoroughness: str = STANDARD,
+    depth: Depth = LATENCY_ALONE,
     elsewhere: Elsewhere | None = None,
 ) -> Json:
     """Profile `fp32` and perhaps `int8` and `baseline` for a target; returns the document of `profile/<target>.json`.
 
     `input_npy` holds preprocessed images [N, ...]; `seconds` bounds the measuring of latency, `thoroughness` names one
-    of measuring's presets. Latencies are in ms, sizes in bytes, shares are fractions. `int8_speedup` compares one
-    network in two forms (fp32 over int8), `end_to_end_speedup` the baseline with what ships (int8 where there is one,
-    else fp32). With `elsewhere`, nothing is measured here. Raises ProfileError.
+    of measuring's presets, `depth` asks for what explains the latency. Latencies are in ms, sizes in bytes, shares are
+    fractions. `int8_speedup` compares one network in two forms (fp32 over int8), `end_to_end_speedup` the baseline with
+    what ships (int8 where there is one, else fp32). With `elsewhere`, nothing is measured here. Raises ProfileError.
     """
     if "fp32" not in models or set(models) - set(_MODELS):
         raise ProfileError(
             f"profile: models are named {', '.join(_MODELS)}, and fp32 must be there; got {sorted(models)}"
         )
     paths = {name: Path(models[name]) for name in _MODELS if name in models}
-    static = {name: _static(path, target) for name, path in paths.items()}
+    document, latency = measure_side_by_side(
+        paths,
+        target=target,
+        input_npy=input_npy,
+        seconds=seconds,
+        thoroughness=thoroughness,
+        depth=depth,
+        explained=("fp32", "int8"),
+        elsewhere=elsewhere,
+    )
+    empty: Json = {"ratio": None, "ci95": None}
+    shipped = "int8" if "int8" in paths else "fp32"
+    pairs = {"int8_speedup": ("fp32", "int8"), "end_to_end_speedup": ("baseline", shipped)}
+    for key, (before, after) in pairs.items():
+        known = latency is not None and before in paths and after in paths
+        document[key] = speedup(latency, before, after) if known and latency is not None else dict(empty)
+    document["int8_mac_coverage"] = document["models"].get("int8", {}).get("int8_mac_coverage")
+    return document
+
+
+def measure_side_by_side(
+    paths: Mapping[str, Path],
+    *,
+    target: Target,
+    input_npy: Path | None,
+    seconds: float,
+    depth: Depth,
+    thoroughness: str = STANDARD,
+    explained: Sequence[str],
+    shapes: Mapping[str, Mapping[str, Sequence[int]]] | None = None,
+    batches: Mapping[str, int | None] | None = None,
+    elsewhere: Elsewhere | None = None,
+) -> tuple[Json, LatencyMeasurement | None]:
+    """The part of a profile that is alike for all files; the latencies are None where the target is not at hand.
+
+    `explained` are the models that `depth` goes into; `shapes` [model] [input] gives free axes a size; `batches` holds
+    those whose batch is fixed in the file.
+    Raises ProfileError.
+    """
+    sizes = {name: {key: list(size) for key, size in (shapes or {}).get(name, {}).items()} for name in paths}
+    static = {name: _static(path, target, sizes[name]) for name, path in paths.items()}
     here = describe_machine()
     reasons = not_at_hand(target) if elsewhere is None else []
     machine = here if elsewhere is None else elsewhere.machine
@@ -90,11 +140,9 @@ def profile_models(
         "inspected_on": summarize_machine(here),
         "versions": versions() | ({} if elsewhere is None else elsewhere.versions),
         "models": {},
-        "int8_speedup": {"ratio": None, "ci95": None},
-        "end_to_end_speedup": {"ratio": None, "ci95": None},
-        "int8_mac_coverage": static["int8"]["int8_mac_coverage"] if "int8" in static else None,
         "noise": None,
         "method": None,
+        "frequency": None,
         "notes": _notes(
             target, measured=not reasons, machine=machine, has_images=input_npy is not None or elsewhere is not None
         ),
@@ -102,35 +150,42 @@ def profile_models(
     if reasons:
         console.note(f"{target.name} is not at hand, so no latency is measured: {'; '.join(reasons)}")
         document["models"] = {name: {**_no_timing(), **facts} for name, facts in static.items()}
-        return document
+        return document, None
 
+    how: Json = {"threads": target.threads, "providers": target.providers, "input_npy": input_npy}
+    how["session"] = target.session_settings()
     if elsewhere is None:
-        how: Json = {"threads": target.threads, "providers": target.providers, "input_npy": input_npy}
-        how["session"] = target.session_settings()
-        fresh = {name: measure_fresh(path, **how) for name, path in paths.items()}
+        before = frequency_facts()
+        fresh = {name: measure_fresh(path, **how, shapes=sizes[name]) for name, path in paths.items()}
+        settings = {name: {"shapes": own} for name, own in sizes.items() if own}
         preset = THOROUGHNESS[thoroughness]
         how_long: Json = {"narrow_enough": preset.narrow_enough, "processes": preset.processes}
-        latency = measure_latency(paths, seconds=seconds, **how_long, **how)
+        latency = measure_latency(paths, seconds=seconds, **how_long, **how, settings=settings)
+        document["frequency"] = {"before": before, "after": frequency_facts()}
     else:
         fresh, latency = elsewhere.fresh, elsewhere.latency
         document["device"]["place"] = elsewhere.place
         document["notes"] += elsewhere.notes
-    document["models"] = {name: {**_timing(latency, name), **_loading(fresh[name]), **static[name]} for name in paths}
-    if "int8" in paths:
-        document["int8_speedup"] = _speedup(latency, "fp32", "int8")
-    if "baseline" in paths:
-        document["end_to_end_speedup"] = _speedup(latency, "baseline", "int8" if "int8" in paths else "fp32")
+    images = {name: (batches or {}).get(name) or 1 for name in paths}
+    document["models"] = {
+        name: {**_timing(latency, name, images[name]), **_loading(fresh[name]), **static[name]} for name in paths
+    }
     document["noise"] = _noise(latency)
-    document["method"] = _method(latency, target, fresh["fp32"].processes, thoroughness)
+    document["method"] = _method(latency, target, next(iter(fresh.values())).processes, thoroughness)
     if thoroughness == "quick":
         document["notes"].append("Measured with --quick: intervals are wide; decide on a run without it.")
     document["notes"] += _noise_notes(document["noise"])
-    return document
+    files = {
+        name: Explained(paths[name], (batches or {}).get(name), sizes[name]) for name in explained if name in paths
+    }
+    if elsewhere is None:
+        explain(document, files, target=target, how=how, seconds=seconds, depth=depth)
+    return document, latency
 
 
-def _static(path: Path, target: Target) -> Json:
+def _static(path: Path, target: Target, shapes: Mapping[str, Sequence[int]] | None) -> Json:
     """What the file says by itself, whatever the machine."""
-    graph = inspect_integer_graph(path, on_arm=target.architecture == "aarch64")
+    graph = inspect_integer_graph(path, on_arm=target.architecture == "aarch64", shapes=shapes)
     return {
         "size_bytes": path.stat().st_size,
         "size_bytes_compressed": compressed_size_bytes(path),
@@ -163,10 +218,10 @@ def _no_timing() -> Json:
     latency |= {"mean": None} | {f"p{percentile}_ci95": None for percentile in _PERCENTILES}
     loading = ("load_ms", "first_inference_ms", "cold_start_ms", "peak_rss_bytes")
     null: Json = dict.fromkeys(("throughput_per_s", *loading, *(f"{name}_range" for name in loading)))
-    return {"latency_ms": latency, **null, "rss_before_load_bytes": None}
+    return {"latency_ms": latency, **null, "rss_before_load_bytes": None, "model_rss_bytes": None}
 
 
-def _timing(measurement: LatencyMeasurement, name: str) -> Json:
+def _timing(measurement: LatencyMeasurement, name: str, images: int) -> Json:
     latency: Json = {}
     for percentile in _PERCENTILES:
         interval = measurement.percentile(name, percentile)
@@ -176,16 +231,19 @@ def _timing(measurement: LatencyMeasurement, name: str) -> Json:
         latency["on_cpu_p50"] = float(np.median(np.concatenate(measurement.on_cpu_ms[name])))
     mean = float(measurement.latencies_ms(name).mean())
     latency["mean"] = mean
-    return {"latency_ms": latency, "throughput_per_s": 1000.0 / mean}
+    return {"latency_ms": latency, "throughput_per_s": 1000.0 * images / mean}
 
 
-def _speedup(measurement: LatencyMeasurement, before: str, after: str) -> Json:
+def speedup(measurement: LatencyMeasurement, before: str, after: str) -> Json:
+    """How many times as long one model takes as another, with the 95 % interval, ready for JSON."""
     ratio = measurement.ratio(before, after)
     return {"ratio": ratio.ratio, "ci95": [ratio.low, ratio.high]}
 
 
 def _loading(fresh: FreshMeasurement) -> Json:
+    peak, before = fresh.peak_rss_bytes, fresh.rss_before_load_bytes
     return {
+        "model_rss_bytes": None if peak is None or before is None else peak - before,
         "load_ms": fresh.load_ms,
         "load_ms_range": list(fresh.load_ms_range),
         "first_inference_ms": fresh.first_inference_ms,

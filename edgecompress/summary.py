@@ -403,7 +403,8 @@ def verdict_text(profile: Json, *, gates: Iterable[Json] = ()) -> str:
     )
 
 
-def _table(title: str, columns: Sequence[tuple[str, bool]], *, caption: str | None = None) -> Table:
+def plain_table(title: str, columns: Sequence[tuple[str, bool]], *, caption: str | None = None) -> Table:
+    """An empty table with a title and columns (header, whether it holds numbers), for a terminal of 80 characters."""
     table = Table(
         title=Text(title),
         caption=Text(caption) if caption else None,
@@ -424,7 +425,7 @@ def stages_table(manifest: Json) -> Table:
     rows = stage_rows(manifest)
     splits = sorted({str(row["accuracy_split"]) for row in rows if row.get("accuracy_split")})
     caption = f"accuracy on {' and '.join(splits)}; points against the baseline (base)" if splits else None
-    table = _table(
+    table = plain_table(
         "Stages", [("stage", False), ("kind", False), *((header, True) for header in headers)], caption=caption
     )
     for row in rows:
@@ -454,7 +455,7 @@ def models_table(profile: Json) -> Table:
     title = (
         f"Measured on {target}" if profile.get("measured") else f"Files for {target}, which was not at hand to measure"
     )
-    table = _table(title, [("", False), *((header, True) for header in headers)])
+    table = plain_table(title, [("", False), *((header, True) for header in headers)])
     for row in model_rows(profile):
         cells = [row[key].replace(" times ", "x ") if crowded else row[key] for key, _ in columns]
         table.add_row(Text(row["label"]), *(Text(cell) for cell in cells))

@@ -53,14 +53,11 @@ def decide(profile: Json, *, target: Target, gates_missed: Sequence[str], accura
     _judge_speedup(profile, target, findings)
     findings.missed += gates_missed
     _judge_accuracy(target, accuracy_drop, findings)
-    model = profile["models"][name]
-    _judge_size(name, model, target, findings)
-    if profile["measured"]:
-        _judge_intervals(name, model, target, findings, crowded=_crowded(profile))
-    else:
-        why = "; ".join(profile["not_measured_because"]) or "the target is not at hand"
-        findings.doubts.append(f"Latency, load time and memory were not measured: {why}.")
-    _caution_about_noise(profile, findings)
+    _judge_costs(name, profile, target, findings)
+    return _verdict(findings)
+
+
+def _verdict(findings: _Findings) -> Verdict:
     verdict: Literal["ship", "hold", "inconclusive"] = "ship"
     if findings.missed:
         verdict = "hold"
@@ -75,6 +72,24 @@ def decide(profile: Json, *, target: Target, gates_missed: Sequence[str], accura
         *findings.cautions,
     ]
     return Verdict(verdict, reasons, list(findings.missed))
+
+
+def judge_budgets(name: str, profile: Json, *, target: Target) -> Verdict:
+    """Judge one file alone against a target's budgets of size, time and memory; nothing is asked of its accuracy."""
+    findings = _Findings()
+    _judge_costs(name, profile, target, findings)
+    return _verdict(findings)
+
+
+def _judge_costs(name: str, profile: Json, target: Target, findings: _Findings) -> None:
+    model = profile["models"][name]
+    _judge_size(name, model, target, findings)
+    if profile["measured"]:
+        _judge_intervals(name, model, target, findings, crowded=_crowded(profile))
+    else:
+        why = "; ".join(profile["not_measured_because"]) or "the target is not at hand"
+        findings.doubts.append(f"Latency, load time and memory were not measured: {why}.")
+    _caution_about_noise(profile, findings)
 
 
 def _judge_speedup(profile: Json, target: Target, findings: _Findings) -> None:

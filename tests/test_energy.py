@@ -1,0 +1,63 @@
+"""Energy: which sensors a platform has, and the arithmetic of counters that start again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from edgecompress import energy
+from edgecompress.energy import EnergySources, find_sources, measure_energy
+from onnx_models import residual_net
+
+HOW: dict[str, Any] = {"threads": 1, "providers": ("CPUExecutionProvider",), "input_npy": None}
+
+
+def _file(path: Path, text: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"{text}\n")
+    return path
+
+
+def test_packages_count_and_their_parts_do_not(tmp_path: Path) -> None:
+    package = tmp_path / "sys/class/powercap/intel-rapl:0"
+    _file(package / "energy_uj", "1000")
+    _file(package / "max_energy_range_uj", "5000")
+    _file(tmp_path / "sys/class/powercap/intel-rapl:0:0/energy_uj", "400")
+    found = find_sources(tmp_path)
+    assert found.counters == {str(package / "energy_uj"): 5000.0}
+    assert found.absent_because is None
+
+
+def test_boards_show_power(tmp_path: Path) -> None:
+    sensor = _file(tmp_path / "sys/class/hwmon/hwmon2/power1_input", "3500000")
+    assert find_sources(tmp_path).sensors == (str(sensor),)
+
+
+def test_absence_is_stated(tmp_path: Path) -> None:
+    nothing = find_sources(tmp_path)
+    assert "no energy" in (nothing.absent_because or "")
+    answer = measure_energy(Path("net.onnx"), **HOW, sources=nothing)
+    assert answer["joules_per_inference"] is None
+    assert answer["absent_because"] == nothing.absent_because
+
+
+def test_joules_of_an_inference(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two watts at rest, six at work, a counter that started again at 10 J meanwhile; four inferences a second."""
+    busy = {"before": [9e6], "after": [5e6], "samples": [], "seconds": 1.0, "runs": 4}
+    idle = {"before": [0.0], "after": [4e6], "samples": [], "seconds": 2.0, "runs": 9}
+    monkeypatch.setattr(energy, "ask_worker", lambda *_, **__: {"busy": busy, "idle": idle})
+    answer = measure_energy(Path("net.onnx"), **HOW, sources=EnergySources({"counter": 10e6}, (), None))
+    assert answer["joules_per_inference"] == pytest.approx(6.0 / 4)
+    assert answer["joules_per_inference_above_idle"] == pytest.approx(4.0 / 4)
+    assert (answer["idle_watts"], answer["busy_watts"]) == pytest.approx((2.0, 6.0))
+
+
+def test_a_real_process_reads_the_files(tmp_path: Path) -> None:
+    sensor = _file(tmp_path / "power1_input", "3500000")
+    answer = measure_energy(
+        residual_net(tmp_path / "net.onnx"), **HOW, sources=EnergySources({}, (str(sensor),), None), seconds=0.2
+    )
+    assert answer["busy_watts"] == pytest.approx(3.5)
+    assert answer["joules_per_inference_above_idle"] == pytest.approx(0.0, abs=1e-6)

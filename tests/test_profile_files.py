@@ -1,0 +1,205 @@
+"""Any ONNX files side by side: names, inputs, one document, and refusals that say what to do."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper
+
+from conftest import CommandLine
+from edgecompress import explanation, machine, profiling
+from edgecompress.errors import ModelError
+from edgecompress.explanation import LATENCY_ALONE
+from edgecompress.measuring import FreshMeasurement, LatencyMeasurement
+from edgecompress.model_files import name_files, open_files, parse_shapes
+from edgecompress.profile_files import profile_files
+from edgecompress.profile_text import budget_lines, files_table
+from edgecompress.target import Target
+from onnx_models import quantized, residual_net, residual_net_macs, save
+
+needs_target = pytest.mark.skipif(
+    machine.architecture() not in ("x86_64", "aarch64"), reason="no target has this architecture"
+)
+
+
+def here(**changes: Any) -> Target:
+    return Target.model_validate({"name": "here", "architecture": machine.architecture(), **changes})
+
+
+def invented(monkeypatch: pytest.MonkeyPatch, milliseconds: dict[str, float]) -> None:
+    """Latencies that are known, so that ratios and budgets are."""
+
+    def latency(paths: dict[str, Path], **_: object) -> LatencyMeasurement:
+        windows = {name: [[np.full(3, milliseconds[name])] * 4] * 5 for name in paths}
+        return LatencyMeasurement(windows, [np.ones(4)] * 5, 5, 1.0, "narrow enough")
+
+    fresh = FreshMeasurement(
+        load_ms=9.0,
+        load_ms_range=(8.0, 10.0),
+        first_inference_ms=1.0,
+        first_inference_ms_range=(1.0, 1.0),
+        cold_start_ms=10.0,
+        cold_start_ms_range=(9.0, 11.0),
+        peak_rss_bytes=90_000_000,
+        peak_rss_bytes_range=(90_000_000, 90_000_000),
+        rss_before_load_bytes=60_000_000,
+        processes=3,
+    )
+    monkeypatch.setattr(profiling, "measure_latency", latency)
+    monkeypatch.setattr(profiling, "measure_fresh", lambda *_, **__: fresh)
+
+
+def test_names_tell_files_apart(tmp_path: Path) -> None:
+    paths = [tmp_path / "a" / "model.onnx", tmp_path / "b" / "model.onnx", tmp_path / "b" / "model.int8.onnx"]
+    assert list(name_files(paths)) == ["a/model", "b/model", "model.int8"]
+    assert list(name_files([paths[0], paths[0]])) == ["model", "model#2"]
+
+
+@needs_target
+def test_every_file_has_the_same_keys_and_is_compared_with_the_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fp32 = residual_net(tmp_path / "net.onnx", 16, 32)
+    int8 = quantized(fp32, tmp_path / "net.int8.onnx", size=32)
+    invented(monkeypatch, {"net": 6.0, "net.int8": 2.0})
+    target = here(budgets={"latency_ms_p90": 3.0, "peak_rss_bytes": 95_000_000, "size_bytes": 1_000_000})
+    document = profile_files([fp32, int8], target=target, seconds=1.0, depth=LATENCY_ALONE)
+    assert json.loads(json.dumps(document)) == document
+    assert document["reference"] == "net"
+    assert document["ratios"] == {"net.int8": {"ratio": pytest.approx(3.0), "ci95": pytest.approx([3.0, 3.0])}}
+    first, second = document["models"].values()
+    assert set(first) == set(second)
+    assert [first["macs"], second["macs"]] == [sum(residual_net_macs(16, 32).values())] * 2
+    assert [first["int8_mac_coverage"], second["int8_mac_coverage"]] == [0.0, 1.0]
+    assert first["model_rss_bytes"] == 30_000_000
+    assert first["inputs"][0]["shape"] == [1, 3, 32, 32]
+    assert {name: budget["status"] for name, budget in document["budgets"].items()} == {
+        "net": "missed",
+        "net.int8": "met",
+    }
+    assert document["missed"] == [reason for reason in document["budgets"]["net"]["reasons"] if "6 ms" in reason]
+    assert "verdict" not in document  # nobody knows whether a bare file is right
+    assert files_table(document).row_count >= 8
+    assert "  net: MISSED" in budget_lines(document)
+
+
+@needs_target
+def test_a_fixed_batch_counts_all_of_its_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    nodes = [helper.make_node("Relu", ["input"], ["logits"])]
+    four = save(tmp_path / "four.onnx", nodes, [], [4, 3, 8, 8])
+    invented(monkeypatch, {"four": 2.0})
+    document = profile_files([four], target=here(), seconds=1.0, depth=LATENCY_ALONE)
+    model = document["models"]["four"]
+    assert (model["batch"], model["batch_is_fixed"]) == (4, True)
+    assert model["throughput_per_s"] == pytest.approx(2000.0)
+    assert any("4 images at a time" in note for note in document["notes"])
+
+
+def _two_inputs(path: Path) -> Path:
+    nodes = [
+        helper.make_node("Cast", ["ids"], ["ids_float"], to=TensorProto.FLOAT),
+        helper.make_node("Add", ["x", "ids_float"], ["y"]),
+    ]
+    inputs = [
+        helper.make_tensor_value_info("x", TensorProto.FLOAT, ["N", "L"]),
+        helper.make_tensor_value_info("ids", TensorProto.INT64, ["N", "L"]),
+    ]
+    graph = helper.make_graph(nodes, "g", inputs, [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["N", "L"])])
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8), path)
+    return path
+
+
+def test_several_inputs_get_the_sizes_given(tmp_path: Path) -> None:
+    path = _two_inputs(tmp_path / "two.onnx")
+    with pytest.raises(ModelError, match=r"two\.onnx: input 'x' has free axes.*--shape x=SIZExSIZE"):
+        open_files({"two": path}, {})
+    file = open_files({"two": path}, parse_shapes(["x=1x5", "ids=1x5"]))["two"]
+    assert [entry["shape"] for entry in file.inputs] == [[1, 5], [1, 5]]
+    assert file.batch == 1  # given a size, the batch is no longer free
+    with pytest.raises(ModelError, match="--shape z: no file has such an input; there are ids, x"):
+        open_files({"two": path}, parse_shapes(["x=1x5", "ids=1x5", "z=1"]))
+
+
+@pytest.mark.parametrize("text", ["input", "=1x3", "input=1xthree", "input=0x3", "input="])
+def test_shapes_are_checked(text: str) -> None:
+    with pytest.raises(ModelError, match="--shape"):
+        parse_shapes([text])
+
+
+def test_all_faults_are_named_at_once(tmp_path: Path, command_line: CommandLine) -> None:
+    (tmp_path / "text.onnx").write_text("this is no model")
+    (tmp_path / "empty.onnx").write_bytes(b"")
+    residual_net(tmp_path / "good.onnx")
+    answer = command_line("profile", "good.onnx", "text.onnx", "empty.onnx", "absent.onnx", "--target", "x86")
+    answer.refusal("text.onnx", "it is no ONNX file", "empty.onnx", "it is empty", "absent.onnx: no such file")
+    answer = command_line("profile", "good.onnx", ".", "--target", "x86", "--json")
+    assert "one run directory" in answer.json_refusal()
+    command_line("profile", "good.onnx", "--target", "x86", "--sweep", "colours").refusal("--sweep colours", "threads")
+    command_line("profile", "good.onnx", "--target", "x86", "--providers", "cuda").refusal(
+        "--providers cuda", "xnnpack"
+    )
+    command_line("profile", "good.onnx", "--target", "x86", "--output", "no/file").refusal("--output no/file")
+
+
+def test_other_targets_files_are_inspected_and_not_timed(tmp_path: Path, command_line: CommandLine) -> None:
+    residual_net(tmp_path / "net.onnx")
+    answer = command_line("profile", "net.onnx", "net.onnx", "--target", "rpi4", "--json", "--output", "kept.json")
+    assert answer.exit_code == 0, answer
+    document = json.loads(answer.stdout)
+    assert document == json.loads((tmp_path / "kept.json").read_text())
+    assert document["measured"] is False
+    assert document["ratios"] == {"net#2": {"ratio": None, "ci95": None}}
+    assert document["models"]["net"]["latency_ms"]["p50"] is None
+    assert document["models"]["net"]["macs"] == sum(residual_net_macs().values())
+
+
+@needs_target
+@pytest.mark.slow
+def test_the_whole_command_on_real_processes(tmp_path: Path, command_line: CommandLine) -> None:
+    fp32 = residual_net(tmp_path / "net.onnx", 64, 32)
+    quantized(fp32, tmp_path / "small.onnx", size=32)
+    target = "x86" if machine.architecture() == "x86_64" else "arm64"
+    asked = ["--target", target, "--seconds", "1", "--no-gate", "--json", "--providers", "all"]
+    answer = command_line("profile", "net.onnx", "small.onnx", *asked)
+    assert answer.exit_code == 0, answer.stderr
+    document = json.loads(answer.stdout)
+    assert document["ratios"]["small"]["ratio"] > 0
+    for model in document["models"].values():
+        assert sum(row["share"] for row in model["modules"]) == pytest.approx(1.0)
+        assert sum(row["ms"] for row in model["operators"]) == pytest.approx(model["operators_ms"])
+        assert model["arena_bytes"] > 0
+        assert model["model_rss_bytes"] > 0
+        assert (model["energy"]["joules_per_inference"] is None) == (model["energy"]["absent_because"] is not None)
+    peaks = document["roofline"]["threads"]["1"]
+    assert peaks["float_gmacs_per_s"] > 0
+    for share in document["roofline"]["models"].values():
+        assert 0 < share["share_of_peak"] < 1.5
+    (row,) = [row for row in document["providers"]["rows"] if row["provider"] == "CPUExecutionProvider"]
+    assert row["speedup"] == 1.0
+    assert sum(row["nodes_by_provider"].values()) > 0
+    for table in document["scaling"].values():
+        assert [row["threads"] for row in table["threads"]][:1] == [1] or table["left_out"]
+
+
+@needs_target
+def test_what_cannot_be_explained_costs_a_note_and_no_profile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object, **__: object) -> None:
+        raise explanation.ProfileError("the profiler is broken")
+
+    for name in ("kernel_times", "measure_arena", "measure_energy", "measure_peaks", "sweep"):
+        monkeypatch.setattr(explanation, name, fails)
+    invented(monkeypatch, {"net": 6.0})
+    document = profile_files(
+        [residual_net(tmp_path / "net.onnx")], target=here(), seconds=1.0, depth=explanation.Depth()
+    )
+    assert document["models"]["net"]["modules"] is None
+    assert document["models"]["net"]["arena_bytes"] is None
+    assert document["roofline"] is None
+    assert document["scaling"] == {"net": None}
+    assert document["models"]["net"]["latency_ms"]["p50"] == pytest.approx(6.0)
+    assert sum("the profiler is broken" in note for note in document["notes"]) == 5

@@ -1,0 +1,133 @@
+"""Providers and session options: which are compared, which win, and what a user copies."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from edgecompress import runtime_options
+from edgecompress.errors import ConfigurationError, ProfileError
+from edgecompress.measuring import LatencyMeasurement
+from edgecompress.profile_text import options_sentence
+from edgecompress.runtime_options import (
+    CPU,
+    CPU_SIDE,
+    compare_providers,
+    option_variants,
+    parse_providers,
+    python_settings,
+    sweep_options,
+)
+from onnx_models import residual_net
+
+SWEEP: dict[str, Any] = {"threads": 1, "cores": 2, "providers": (CPU,), "input_npy": None, "seconds": 1.0}
+
+
+def invented(monkeypatch: pytest.MonkeyPatch, speed: dict[str, float]) -> list[dict[str, Any]]:
+    """Latency of 10 ms divided by the speed of every setting that a variant changes, and noise of 1 %."""
+    asked: list[dict[str, Any]] = []
+
+    def latency(paths: dict[str, Path], *, settings: dict[str, Any], **_: object) -> LatencyMeasurement:
+        asked.append(settings)
+        generator = np.random.default_rng(0)
+        of = {}
+        for name in paths:
+            own = settings.get(name, {})
+            keys = [*(key for key in own if key != "session"), *own.get("session", {})]
+            of[name] = 10 / np.prod([speed.get(key, 1.0) for key in keys])
+        windows = {n: [[np.full(3, of[n] * (1 + 0.01 * generator.normal()))] * 4 for _ in range(5)] for n in paths}
+        windows = {n: [[w[0]] * 4 for w in found] for n, found in windows.items()}
+        return LatencyMeasurement(windows, [np.ones(4)] * 5, 5, 1.0, "")
+
+    monkeypatch.setattr(runtime_options, "measure_latency", latency)
+    return asked
+
+
+def test_options_that_win_are_taken_together_and_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = invented(monkeypatch, {"arena": 1.3, "session.dynamic_block_base": 1.2, "memory_pattern": 0.7})
+    session = {"session": {"session.x": "1"}}
+    found = sweep_options(Path("net.onnx"), **SWEEP, session=session)
+    assert found["best"]["options"] == ["no memory arena", "dynamic block 4"]
+    assert found["rows"][-1]["option"] == "no memory pattern"
+    assert found["checked"]["speedup"] == pytest.approx(1.3 * 1.2, rel=0.03)
+    # The target's own entries stay beside those that are tried.
+    assert asked[-1]["together"]["session"] == {"session.x": "1", "session.dynamic_block_base": "4"}
+    assert "no memory arena, dynamic block 4" in options_sentence(found)
+    text = found["best"]["python"]
+    assert "options.enable_cpu_mem_arena = False" in text
+    assert 'options.add_session_config_entry("session.dynamic_block_base", "4")' in text
+
+
+def test_of_two_that_set_the_same_the_better_one_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    invented(monkeypatch, {})
+    variants: dict[str, Any] = {"two": {"threads": 2, "arena": False}, "three": {"threads": 3}}
+    monkeypatch.setattr(runtime_options, "_GROUP", 1)
+    speeds = iter([1.2, 1.5, 1.5])
+
+    def row(*_: object) -> dict[str, Any]:
+        speed = next(speeds)
+        return {"speedup": speed, "speedup_ci95": [speed, speed], "latency_ms_p50": 1.0}
+
+    monkeypatch.setattr(runtime_options, "_row", row)
+    assert sweep_options(Path("net.onnx"), **SWEEP, variants=variants)["best"]["settings"] == {"threads": 3}
+
+
+def test_noise_is_no_gain(monkeypatch: pytest.MonkeyPatch) -> None:
+    invented(monkeypatch, {"memory_pattern": 0.9})
+    found = sweep_options(Path("net.onnx"), **SWEEP, variants={"no memory pattern": {"memory_pattern": False}})
+    assert found["best"]["options"] == []
+    assert found["checked"] is None
+    assert "None of them" in options_sentence(found)
+
+
+def test_the_python_that_is_written_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With every variant's settings, in the folder of the model."""
+    import onnxruntime
+
+    monkeypatch.chdir(tmp_path)
+    residual_net(tmp_path / "model.onnx")
+    for settings in option_variants(threads=1, cores=2).values():
+        scope: dict[str, Any] = {"onnxruntime": onnxruntime}
+        exec(python_settings(settings, 1, (CPU,)), scope)
+        assert scope["session"].get_providers() == [CPU]
+        assert scope["options"].intra_op_num_threads == settings.get("threads", 1)
+
+
+def test_names_of_providers() -> None:
+    assert parse_providers(None) == ()
+    assert parse_providers("all") == tuple(CPU_SIDE.values())
+    names = parse_providers("cpu, XNNPACK, OpenVINOExecutionProvider, openvino")
+    assert names == (CPU, "XnnpackExecutionProvider", "OpenVINOExecutionProvider")
+    with pytest.raises(ConfigurationError, match="known CPU-side providers are cpu, xnnpack"):
+        parse_providers("cpu,cuda")
+
+
+def test_providers_are_listed_as_present_absent_or_failing(monkeypatch: pytest.MonkeyPatch) -> None:
+    chains: list[dict[str, Any]] = []
+
+    def latency(paths: dict[str, Path], *, providers: list[str], **how: Any) -> LatencyMeasurement:
+        if providers[0] == "OpenVINOExecutionProvider":
+            raise ProfileError("it does not know this operator")
+        chains.append(how.get("settings", {}))
+        of = {CPU: 4.0, "XnnpackExecutionProvider": 2.0}
+        windows = {name: [[np.full(3, of[name])] * 4] * 5 for name in paths}
+        return LatencyMeasurement(windows, [np.ones(4)] * 5, 5, 1.0, "")
+
+    monkeypatch.setattr(runtime_options, "measure_latency", latency)
+    monkeypatch.setattr(runtime_options, "_assignment", lambda *_: None)
+    available = [CPU, "XnnpackExecutionProvider", "OpenVINOExecutionProvider", "AzureExecutionProvider"]
+    found = compare_providers(
+        Path("net.onnx"), parse_providers("all"), threads=1, input_npy=None, seconds=1.0, available=available
+    )
+    rows = {row["provider"]: row for row in found["rows"]}
+    assert rows["XnnpackExecutionProvider"]["speedup"] == pytest.approx(2.0)
+    assert rows["OpenVINOExecutionProvider"] == {
+        "provider": "OpenVINOExecutionProvider",
+        "error": "it does not know this operator",
+    }
+    assert found["absent"] == ["DnnlExecutionProvider", "ACLExecutionProvider", "ArmNNExecutionProvider"]
+    # What a provider leaves goes to the CPU provider behind it.
+    assert chains[-1]["XnnpackExecutionProvider"] == {"providers": ["XnnpackExecutionProvider", CPU]}
