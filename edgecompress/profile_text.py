@@ -132,7 +132,7 @@ def module_rows(rows: Sequence[Json], most: int) -> list[dict[str, str]]:
             "module": printable(row["module"], limit=60),
             "ms": number_text(row["ms"]),
             "share": percent_text(row["share"]),
-            "kernels": ", ".join(f"{count} {name}" if count > 1 else name for name, count in row["operators"].items()),
+            "kernels": printable(_kernels(row), limit=80),
         }
         for row in shown
     ]
@@ -142,6 +142,12 @@ def module_rows(rows: Sequence[Json], most: int) -> list[dict[str, str]]:
         ms, share = number_text(total["ms"]), percent_text(total["share"])
         texts.append({"module": f"{count} more", "ms": ms, "share": share, "kernels": ""})
     return texts
+
+
+def _kernels(row: Json) -> str:
+    return ", ".join(
+        f"{count} {name}" if count != 1 else str(name) for name, count in section(row, "operators").items()
+    )
 
 
 def roofline_sentences(roofline: Json) -> list[str]:

@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from edgecompress import summary
+from edgecompress import profile_text, summary
 from edgecompress.run_directory import RunDirectory
 from edgecompress.summary import Json, entries, number, section
 
@@ -21,6 +21,7 @@ WORST_CLASSES = 20
 _NAME_CHARACTERS = 80
 _SAYING_CHARACTERS = 600
 _ISLAND_NAMES = 6
+_MODULES = 10
 _TORCH_AGREEMENT = "torch_int8_top1_agreement"
 _FP32_DIFFERENCES = {"largest difference": "max_abs_diff", "relative": "max_relative_diff"}
 _INT8_DIFFERENCES = {"signal to noise": "sqnr_db"}
@@ -188,6 +189,7 @@ def time_facts(profile: Json, parity: Json) -> dict[str, Any]:
     islands = entries(profile, "float_islands") or entries(models["int8"], "float_islands")
     device = section(profile, "device")
     return {
+        **_explained(profile),
         "operators": [
             {"name": op, "kind": _operator_kind(op), "fp32": counts["fp32"].get(op), "int8": counts["int8"].get(op)}
             for op in operators
@@ -204,6 +206,23 @@ def time_facts(profile: Json, parity: Json) -> dict[str, Any]:
     }
 
 
+def _explained(profile: Json) -> dict[str, Any]:
+    """What explains the latency of the model that ships: its modules, its scaling, the roofline, memory, options."""
+    shipped = summary.shipped_model(profile)
+    options = section(profile, "options")
+    return {
+        "explained": shipped,
+        "modules": profile_text.module_rows(entries(section(profile, "models", shipped), "modules"), _MODULES),
+        "scaling": profile_text.scaling_rows(section(profile, "scaling", shipped)),
+        "roofline": profile_text.roofline_sentences(section(profile, "roofline")),
+        "memory": profile_text.memory_sentence(section(profile, "models")),
+        "options": {
+            "sentence": profile_text.options_sentence(options) if options else None,
+            "python": section(options, "best").get("python"),
+        },
+    }
+
+
 def _operator_kind(operator: str) -> str:
     name = operator.rsplit(".", 1)[-1]
     if name in ("QuantizeLinear", "DequantizeLinear"):
@@ -212,12 +231,15 @@ def _operator_kind(operator: str) -> str:
 
 
 def _island(island: Json) -> dict[str, Any]:
-    given = island.get("names", island.get("name"))
+    given = island.get("nodes", island.get("names", island.get("name")))
     names = [str(name) for name in given] if isinstance(given, list) else [str(given)] if given is not None else []
     hidden = max(0, len(names) - _ISLAND_NAMES)
-    others = {key: value for key, value in island.items() if key not in ("op_type", "names", "name")}
+    types = ", ".join(str(name) for name in section(island, "op_types"))
+    named = ("op_type", "op_types", "names", "name", "nodes", "reason")
+    others = {key: value for key, value in island.items() if key not in named}
     return {
-        "op_type": island.get("op_type", "?"),
+        "op_type": types or island.get("op_type", "?"),
+        "reason": summary.printable(island["reason"]) if island.get("reason") else None,
         "names": names[:_ISLAND_NAMES],
         "hidden": hidden,
         "facts": fact_rows(others),

@@ -565,12 +565,67 @@ def _hostile_run(path: Path) -> RunDirectory:
     profile["reasons"] = list(HOSTILE)
     profile["models"]["int8"]["op_counts"] = {evil: 1}
     profile["models"]["int8"]["float_islands"] = [{"op_type": evil, "names": [evil], evil: evil}]
+    module = {"module": evil, "ms": 1.0, "share": 0.5, "operators": {evil: 1}, "modules": 1}
+    profile["models"]["int8"]["modules"] = [module]
+    profile["models"]["int8"]["float_islands"].append({"op_types": {evil: 1}, "nodes": [evil], "reason": evil})
     profile["budgets"] = [{"budget": evil, "limit": evil, "value": evil, "status": evil}]
     run = make_run(path)
     write_json(run.manifest_path, manifest)
     write_json(run.export / "parity.json", parity)
     write_json(run.profile_path("x86"), profile)
     return run
+
+
+def test_the_page_says_what_explains_the_latency(tmp_path: Path) -> None:
+    profile = copy.deepcopy(PROFILE)
+    modules = [
+        {
+            "module": f"layer{k}.conv",
+            "ms": 0.01 * (20 - k),
+            "share": 0.05,
+            "operators": {"QLinearConv": 2},
+            "modules": 1,
+        }
+        for k in range(12)
+    ]
+    profile["models"]["int8"] |= {"modules": modules, "model_rss_bytes": 12_300_000, "arena_bytes": 4_500_000}
+    island = {"op_types": {"Softmax": 1}, "nodes": ["head/Softmax"], "node_count": 1, "macs_share": 0.0}
+    profile["models"]["int8"]["float_islands"] = [island | {"reason": "the CPU provider has no integer kernel for it"}]
+    interval = {"latency_ms_p50": 0.079, "throughput_per_s": 12658.0}
+    profile["scaling"] = {
+        "int8": {
+            "threads": [
+                interval | {"threads": 1, "speedup": 1.0, "speedup_ci95": [1.0, 1.0], "efficiency": 1.0},
+                interval | {"threads": 2, "speedup": 1.62, "speedup_ci95": [1.55, 1.7], "efficiency": 0.81},
+            ],
+            "batch": [],
+            "left_out": [],
+        }
+    }
+    peak = {"float_gmacs_per_s": 95.0, "int8_gmacs_per_s": 1240.0, "memory_gb_per_s": 24.6}
+    share = {"gmacs_per_s": 10.3, "share_of_peak": 0.0083, "share_of_convolution_peak": 0.027}
+    profile["roofline"] = {"threads": {"1": peak}, "models": {"int8": share}}
+    profile["options"] = {
+        "best": {"options": ["no memory arena"], "python": "options.enable_cpu_mem_arena = False"},
+        "checked": {"speedup": 1.2, "speedup_ci95": [1.1, 1.3]},
+        "rows": [],
+    }
+    page, markdown = _render(make_run(tmp_path, profile=profile))
+    for wanted in (
+        "layer0.conv",
+        "2 QLinearConv",
+        "2 more",  # of twelve modules the ten dearest are listed
+        "2 threads",
+        "81.0",
+        "1.62 [1.55, 1.70]",
+        "1,240 in int8",
+        "adds 12.3",
+        "no integer kernel",
+        "enable_cpu_mem_arena = False",
+    ):
+        assert wanted in page.text, wanted
+        assert wanted.replace("[", "\\[").replace("]", "\\]") in markdown or wanted in markdown, wanted
+    assert "layer11.conv" not in page.text
 
 
 def test_broken_characters_are_written_and_read_back(tmp_path: Path) -> None:
