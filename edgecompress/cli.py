@@ -8,20 +8,35 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import logging
 import os
-import shlex
 import sys
 import webbrowser
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from typer.core import TyperGroup
 
 from edgecompress import console
-from edgecompress.errors import EXIT_GATE_MISSED, EXIT_OK, EXIT_STAGE_FAILED, ConfigurationError, EdgeCompressError
+from edgecompress.cli_options import (
+    JsonOption,
+    NoGateOption,
+    OptionalTarget,
+    OutputOption,
+    QuickOption,
+    QuietOption,
+    RecipeArgument,
+    ResumeOption,
+    RunArgument,
+    SecondsOption,
+    SetOption,
+    TargetOption,
+    ThoroughOption,
+)
+from edgecompress.cli_output import command_line, finish, print_json, reporting_errors, silence_library_logs
+from edgecompress.cli_settings import recipes_app, targets_app
+from edgecompress.errors import EXIT_GATE_MISSED, EXIT_OK, EXIT_STAGE_FAILED, ConfigurationError
 
 if TYPE_CHECKING:
     from edgecompress.pipeline import Outcome
@@ -37,7 +52,7 @@ class _Commands(TyperGroup):
         try:
             exit_code = super().main(args, *positional, **extra | {"standalone_mode": False})
         except typer.TyperException as error:
-            _print_json({"error": error.format_message(), "exit_code": error.exit_code})
+            print_json({"error": error.format_message(), "exit_code": error.exit_code})
             exit_code = error.exit_code
         sys.exit(exit_code or EXIT_OK)
 
@@ -50,32 +65,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-recipes_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="List, show and validate recipes.")
-targets_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="List, show and validate targets.")
 app.add_typer(recipes_app, name="recipes")
 app.add_typer(targets_app, name="targets")
-
-RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe file, or a shipped recipe's name.")]
-RunArgument = Annotated[
-    Path | None, typer.Argument(metavar="[RUN]", help="A run directory; left out, the newest under runs/.")
-]
-TargetOption = Annotated[str, typer.Option("--target", help="A target file, or a shipped target's name.")]
-OptionalTarget = Annotated[str | None, typer.Option("--target", help="A target file, or a shipped target's name.")]
-SetOption = Annotated[
-    list[str] | None, typer.Option("--set", metavar="PATH=VALUE", help="Override a field, e.g. stages.pruned.epochs=5.")
-]
-OutputOption = Annotated[Path | None, typer.Option("--output", help="The run directory to make.")]
-ResumeOption = Annotated[bool, typer.Option("--resume/--no-resume", help="Go on in --output where it stopped.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
-NoGateOption = Annotated[bool, typer.Option("--no-gate", help="End with 0 where a gate or budget was missed.")]
-QuietOption = Annotated[bool, typer.Option("--quiet", help="Print warnings and the result only.")]
-SecondsOption = Annotated[
-    float | None,
-    typer.Option("--seconds", min=1.0, help="Time limit for measuring latency: 20, --quick 4, --thorough 120."),
-]
-QuickOption = Annotated[bool, typer.Option("--quick", help="Measure for a few seconds; intervals are wide.")]
-ThoroughOption = Annotated[bool, typer.Option("--thorough", help="Measure for minutes; intervals are narrow.")]
-NameArgument = Annotated[str, typer.Argument(metavar="NAME", help="A shipped name or a file.")]
 
 
 @app.callback(invoke_without_command=True)
@@ -109,10 +100,10 @@ def apply(
         from edgecompress import pipeline
 
         return pipeline.apply(
-            recipe, target=target, overrides=overrides or (), output=output, resume=resume, command=_command_line()
+            recipe, target=target, overrides=overrides or (), output=output, resume=resume, command=command_line()
         )
 
-    _finish(work, lambda outcome: outcome.manifest, as_json, no_gate, quiet)
+    finish(work, lambda outcome: outcome.manifest, as_json, no_gate, quiet)
 
 
 @app.command()
@@ -146,7 +137,7 @@ def export(
             overrides=overrides or (),
         )
 
-    _finish(work, lambda outcome: outcome.manifest, as_json, no_gate, quiet)
+    finish(work, lambda outcome: outcome.manifest, as_json, no_gate, quiet)
 
 
 @app.command()
@@ -189,7 +180,7 @@ def profile(
     """Measure a run's exported files, or any ONNX files, and judge them against a target's budgets."""
     if paths and (len(paths) > 1 or not paths[0].is_dir()) and _are_files(paths, host or results, as_json):
         asked: dict[str, Any] = {"sweep": sweep, "providers": providers, "shapes": shape or (), "output": output}
-        with _reporting_errors(as_json):
+        with reporting_errors(as_json):
             asked |= {"seconds": seconds, "thoroughness": _thoroughness(quick, thorough)}
         _profile_files(paths, target, asked, as_json, no_gate, quiet)
         return
@@ -211,13 +202,13 @@ def profile(
         how: dict[str, Any] = {"sweep": sweep, "providers": providers, "host": device, "results": results}
         return pipeline.profile(run, target=target, seconds=seconds, thoroughness=thoroughness, **how)
 
-    _finish(work, lambda outcome: next(iter(outcome.profiles.values())), as_json, no_gate, quiet)
+    finish(work, lambda outcome: next(iter(outcome.profiles.values())), as_json, no_gate, quiet)
 
 
 def _are_files(paths: Sequence[Path], elsewhere: object, as_json: bool) -> bool:
     """Whether ONNX files were given rather than a run that is not there; a mixture is refused."""
     folders = [path for path in paths if path.is_dir()]
-    with _reporting_errors(as_json):
+    with reporting_errors(as_json):
         if elsewhere and not folders:
             raise ConfigurationError("--host and --results go with a run; ONNX files are measured on this machine")
         if folders and len(paths) > 1:
@@ -236,14 +227,14 @@ def _profile_files(
     quiet: bool,
 ) -> None:
     console.set_quiet(quiet)
-    with _reporting_errors(as_json):
-        _silence_library_logs()
+    with reporting_errors(as_json):
+        silence_library_logs()
         from edgecompress import pipeline
 
         with contextlib.redirect_stdout(sys.stderr):
             document = pipeline.profile_files(paths, target=target, **asked)
         if as_json:
-            _print_json(document)
+            print_json(document)
         else:
             _print_files(document)
             if asked["output"] is not None:
@@ -290,7 +281,7 @@ def report(
     def document(outcome: Outcome) -> Any:
         return {name: {"html": str(p.html), "markdown": str(p.markdown)} for name, p in outcome.reports.items()}
 
-    _finish(work, document, as_json, no_gate, quiet)
+    finish(work, document, as_json, no_gate, quiet)
 
 
 @app.command("run")
@@ -322,10 +313,10 @@ def run_command(
             resume=resume,
             seconds=seconds,
             thoroughness=thoroughness,
-            command=_command_line(),
+            command=command_line(),
         )
 
-    _finish(work, lambda outcome: outcome.manifest, as_json, no_gate, quiet)
+    finish(work, lambda outcome: outcome.manifest, as_json, no_gate, quiet)
 
 
 @app.command()
@@ -342,9 +333,9 @@ def bundle(
 ) -> None:
     """Write one folder and one archive that a device runs with numpy and ONNX Runtime alone."""
     console.set_quiet(quiet)
-    with _reporting_errors(as_json):
+    with reporting_errors(as_json):
         _check_run_and_target(run, target)
-        _silence_library_logs()
+        silence_library_logs()
         with contextlib.redirect_stdout(sys.stderr):
             from edgecompress import pipeline
             from edgecompress.device.infer import self_test_lines
@@ -352,7 +343,7 @@ def bundle(
             outcome, made = pipeline.bundle(run, target=target, output=output, preprocessing_inside=preprocessing)
         if as_json:
             places = {"folder": str(made.folder), "archive": str(made.archive), "caution": made.caution}
-            _print_json({**made.manifest, **places})
+            print_json({**made.manifest, **places})
         else:
             lines = [*filter(None, [made.caution]), *(f"self-test {line}" for line in self_test_lines(made.self_test))]
             for line in [*lines, f"bundle:  {made.folder}", f"archive: {made.archive}"]:
@@ -369,12 +360,12 @@ def verify(
 ) -> None:
     """Check every file against the manifest, then a bundle's answers; end with 1 where anything differs."""
     console.set_quiet(quiet)
-    with _reporting_errors(as_json):
+    with reporting_errors(as_json):
         from edgecompress.verify import verify as check
 
         found = check(path)
         if as_json:
-            _print_json(found.to_dict())
+            print_json(found.to_dict())
         else:
             for line in found.lines():
                 typer.echo(line)
@@ -403,9 +394,9 @@ def sensitivity(
 ) -> None:
     """Measure what int8 costs in each layer, and what each group of channels is worth; propose ratios to prune by."""
     console.set_quiet(quiet)
-    with _reporting_errors(as_json):
+    with reporting_errors(as_json):
         _check_run_and_target(run, target)
-        _silence_library_logs()
+        silence_library_logs()
         with contextlib.redirect_stdout(sys.stderr):
             from edgecompress import pipeline
 
@@ -413,7 +404,7 @@ def sensitivity(
                 run, what=what, target=target, images=images, macs_ratio=macs_ratio, timed=latency
             )
         if as_json:
-            _print_json(document)
+            print_json(document)
             return
         from rich.console import Console
 
@@ -442,15 +433,15 @@ def debug_int8(
 ) -> None:
     """Name the layers that lose most by int8, why, and the setting that mends each."""
     console.set_quiet(quiet)
-    with _reporting_errors(as_json):
+    with reporting_errors(as_json):
         _check_run_and_target(run, target)
-        _silence_library_logs()
+        silence_library_logs()
         with contextlib.redirect_stdout(sys.stderr):
             from edgecompress import pipeline
 
             outcome, document = pipeline.debug_int8(run, target=target, images=images, worst=worst)
         if as_json:
-            _print_json(document)
+            print_json(document)
             return
         from edgecompress.debug_run import debug_text
 
@@ -462,100 +453,18 @@ def debug_int8(
 @app.command()
 def doctor(as_json: JsonOption = False, no_gate: NoGateOption = False) -> None:
     """Look at this machine and this installation, and say what they mean for int8 and for measuring."""
-    with _reporting_errors(as_json):
+    with reporting_errors(as_json):
         from edgecompress.doctor import doctor_document, examine, findings_table
 
         findings = examine()
         document = doctor_document(findings)
         if as_json:
-            _print_json(document)
+            print_json(document)
         else:
             from rich.console import Console
 
             Console(highlight=False, emoji=False).print(findings_table(findings))
         raise typer.Exit(EXIT_OK if document["ok"] or no_gate else EXIT_GATE_MISSED)
-
-
-def _add_settings_commands(group: typer.Typer, folder: str) -> None:
-    """The same three commands for recipes and for targets."""
-    kind = folder.removesuffix("s")
-
-    @group.command("list", help=f"List the shipped {folder}.")
-    def list_command(as_json: JsonOption = False, no_gate: NoGateOption = False) -> None:
-        with _reporting_errors(as_json):
-            from edgecompress.configuration import read_yaml_mapping
-            from edgecompress.shipped import shipped_files, shipped_name
-
-            rows = []
-            for path in shipped_files(folder):
-                description = str(read_yaml_mapping(path).get("description", ""))
-                rows.append({"name": shipped_name(folder, path), "description": " ".join(description.split())})
-            if as_json:
-                _print_json({folder: rows})
-            else:
-                _print_rows(rows)
-
-    @group.command("show", help=f"Print a {kind}'s file, comments included.")
-    def show_command(name: NameArgument, as_json: JsonOption = False, no_gate: NoGateOption = False) -> None:
-        with _reporting_errors(as_json):
-            from edgecompress.configuration import read_yaml_mapping
-            from edgecompress.recipe import find_settings
-
-            path = find_settings(name, kind="recipe" if kind == "recipe" else "target")
-            if as_json:
-                _print_json(read_yaml_mapping(path))
-            else:
-                typer.echo(path.read_text(encoding="utf-8"), nl=False)
-
-    @group.command("validate", help=f"Check a {kind} and name every fault in it.")
-    def validate_command(name: NameArgument, as_json: JsonOption = False, no_gate: NoGateOption = False) -> None:
-        with _reporting_errors(as_json):
-            from edgecompress.recipe import load_recipe
-            from edgecompress.target import load_target
-
-            settings = load_recipe(name) if kind == "recipe" else load_target(name)
-            if as_json:
-                _print_json({"valid": True, kind: settings.model_dump(mode="json")})
-            else:
-                typer.echo(f"{name}: valid {kind} '{settings.name}'")
-
-
-_add_settings_commands(recipes_app, "recipes")
-_add_settings_commands(targets_app, "targets")
-
-
-@targets_app.command("schema")
-def schema_command(as_json: JsonOption = False, no_gate: NoGateOption = False) -> None:
-    """Print the JSON schema of target files, for editors and checks (it is JSON with or without --json)."""
-    with _reporting_errors(as_json):
-        from edgecompress.target import Target
-
-        schema = Target.model_json_schema()
-        schema["required"] = [key for key in schema["required"] if key != "name"]  # the file's name stands in for it
-        _print_json({"$schema": "https://json-schema.org/draft/2020-12/schema", **schema})
-
-
-@targets_app.command("detect")
-def detect_command(
-    name: Annotated[str | None, typer.Option("--name", help="The target's name; left out, that of --output.")] = None,
-    output: Annotated[Path | None, typer.Option("--output", help="The file to write; left out, stdout.")] = None,
-    as_json: JsonOption = False,
-    no_gate: NoGateOption = False,
-) -> None:
-    """Write a target file for this machine, with comments."""
-    with _reporting_errors(as_json):
-        from edgecompress.configuration import parse_yaml
-        from edgecompress.target_detection import DEFAULT_NAME, detected_target, write_target
-
-        text = detected_target(name=name or (output.stem if output is not None else DEFAULT_NAME))
-        if output is not None:
-            write_target(output, text)
-        if as_json:
-            _print_json({"target": parse_yaml(text, source="detected target"), "file": output and str(output)})
-        elif output is None:
-            typer.echo(text, nl=False)
-        else:
-            typer.echo(f"target: {output}")
 
 
 def _thoroughness(quick: bool, thorough: bool) -> str:
@@ -597,89 +506,3 @@ def main() -> None:
     # ten times slower; so they spin shortly, then sleep. The user's own setting wins.
     os.environ.setdefault("GOMP_SPINCOUNT", "5000")
     app()
-
-
-def _finish(
-    work: Callable[[], Outcome], document: Callable[[Outcome], Any], as_json: bool, no_gate: bool, quiet: bool
-) -> NoReturn:
-    """Do the work, print its result, and end with the contract's exit code."""
-    console.set_quiet(quiet)
-    with _reporting_errors(as_json):
-        _silence_library_logs()
-        # Libraries below print to stdout now and then; it belongs to the result alone.
-        with contextlib.redirect_stdout(sys.stderr):
-            outcome = work()
-        if not outcome.is_first_process:
-            raise typer.Exit(EXIT_OK)
-        if as_json:
-            _print_json(document(outcome))
-        else:
-            _print_outcome(outcome)
-        missed = outcome.missed and not no_gate
-        raise typer.Exit(EXIT_GATE_MISSED if missed else EXIT_OK)
-
-
-@contextlib.contextmanager
-def _reporting_errors(as_json: bool) -> Iterator[None]:
-    try:
-        yield
-    except EdgeCompressError as error:
-        _fail(str(error), error.exit_code, as_json)
-    except KeyboardInterrupt:
-        _fail("interrupted", 130, as_json)
-
-
-def _fail(message: str, exit_code: int, as_json: bool) -> NoReturn:
-    if as_json:
-        _print_json({"error": message, "exit_code": exit_code})
-    else:
-        console.error(message)
-    raise typer.Exit(exit_code)
-
-
-def _print_json(document: Any) -> None:
-    from edgecompress.run_directory import to_json
-
-    typer.echo(to_json(document), nl=False)
-
-
-def _print_rows(rows: list[dict[str, str]]) -> None:
-    width = max((len(row["name"]) for row in rows), default=0)
-    for row in rows:
-        typer.echo(f"{row['name']:<{width}}  {row['description']}")
-
-
-def _print_outcome(outcome: Outcome) -> None:
-    from rich.console import Console
-
-    from edgecompress.profile_text import explanation_tables
-    from edgecompress.summary import models_table, slower_sentences, stages_table, verdict_text
-
-    stdout = Console(highlight=False, emoji=False)
-    for sentence in slower_sentences(outcome.manifest, outcome.profiles.values()):
-        stdout.print(sentence, markup=False, soft_wrap=True, style="bold red")
-    for text in outcome.manifest.get("notes", []):
-        console.note(f"note: {text}")
-    stdout.print(stages_table(outcome.manifest))
-    for document in outcome.profiles.values():
-        stdout.print(models_table(document))
-    for document in outcome.profiles.values():
-        for table in explanation_tables(document):
-            stdout.print(table, soft_wrap=True)
-        stdout.print(verdict_text(document), markup=False, soft_wrap=True)
-    if outcome.missed and not outcome.profiles:
-        for sentence in outcome.missed:
-            stdout.print(f"gate missed: {sentence}", markup=False, soft_wrap=True)
-    for paths in outcome.reports.values():
-        stdout.print(f"report: {paths.html}", markup=False, soft_wrap=True)
-    stdout.print(f"run:    {outcome.run.path}", markup=False, soft_wrap=True)
-
-
-def _command_line() -> str:
-    return shlex.join(["edgecompress", *sys.argv[1:]])
-
-
-def _silence_library_logs() -> None:
-    """torch and torchao log notes about their own internals as warnings; they are not about the user's model."""
-    for name in ("torch.utils._pytree", "torch.onnx", "torch.export", "torchao", "onnxscript"):
-        logging.getLogger(name).setLevel(logging.ERROR)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 from rich.table import Table
 
-from edgecompress import cli, summary
+from edgecompress import cli_output, summary
 from edgecompress.pipeline import Outcome
 from edgecompress.run_directory import RunDirectory
 
@@ -345,5 +345,5 @@ def test_a_slower_int8_is_a_sentence_of_its_own() -> None:
 
 def test_a_slower_int8_is_the_first_line_of_the_terminal(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     profile = {"target": "x86", "int8_speedup": {"ratio": 0.8, "ci95": [0.77, 0.83]}, "verdict": "hold"}
-    cli._print_outcome(Outcome(RunDirectory(tmp_path), {"notes": ["a note"]}, profiles={"x86": profile}))
+    cli_output.print_outcome(Outcome(RunDirectory(tmp_path), {"notes": ["a note"]}, profiles={"x86": profile}))
     assert capsys.readouterr().out.splitlines()[0].startswith("int8 is slower than fp32 on x86")
