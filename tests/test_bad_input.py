@@ -67,11 +67,11 @@ FAULTY_RECIPES = {
     ),
     "no teacher": (
         swapped("{stage: dense}", "{temperature: 2}"),
-        ["stages.pruned.teacher: give either stage (an earlier stage's id) or model"],
+        ["stages.pruned.teacher: give one of stage (an earlier stage's id), model"],
     ),
     "two teachers": (
         swapped("{stage: dense}", "{stage: dense, model: {name: resnet8}}"),
-        ["stages.pruned.teacher: give either stage"],
+        ["stages.pruned.teacher: give one of stage"],
     ),
     "quantize not last": (
         RECIPE + "  - {id: more, kind: train}\n",
