@@ -9,6 +9,7 @@ from collections.abc import Callable
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -248,7 +249,7 @@ def test_a_file_that_the_checker_refuses_does_not_replace_an_older_one(
 
     path = tmp_path / "model.onnx"
     path.write_bytes(b"the older one")
-    monkeypatch.setattr("edgecompress.export._translate", lambda *_: onnx.load(file.path))
+    monkeypatch.setattr("edgecompress.export.translate", lambda *_: SimpleNamespace(model_proto=onnx.load(file.path)))
     monkeypatch.setattr("edgecompress.export.check_file", refuse)
     with pytest.raises(ExportError, match="refused"):
         export(file.module, path)
