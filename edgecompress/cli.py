@@ -93,7 +93,7 @@ def apply(
     no_gate: NoGateOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Apply a recipe's stages in PyTorch: train, distill, prune, quantize."""
+    """Apply a recipe's stages in PyTorch: train, distill, prune, factorize, quantize, qat."""
 
     def work() -> Outcome:
         _check_recipe_and_targets(recipe, overrides or (), [target] if target is not None else [])
@@ -202,7 +202,7 @@ def profile(
         how: dict[str, Any] = {"sweep": sweep, "providers": providers, "host": device, "results": results}
         return pipeline.profile(run, target=target, seconds=seconds, thoroughness=thoroughness, **how)
 
-    finish(work, lambda outcome: next(iter(outcome.profiles.values())), as_json, no_gate, quiet)
+    finish(work, lambda outcome: next(iter(outcome.profiles.values())), as_json, no_gate, quiet, explain=True)
 
 
 def _are_files(paths: Sequence[Path], elsewhere: object, as_json: bool) -> bool:

@@ -22,9 +22,18 @@ if TYPE_CHECKING:
 
 
 def finish(
-    work: Callable[[], Outcome], document: Callable[[Outcome], Any], as_json: bool, no_gate: bool, quiet: bool
+    work: Callable[[], Outcome],
+    document: Callable[[Outcome], Any],
+    as_json: bool,
+    no_gate: bool,
+    quiet: bool,
+    *,
+    explain: bool = False,
 ) -> NoReturn:
-    """Do the work, print its result, and end with the contract's exit code."""
+    """Do the work, print its result, and end with the contract's exit code.
+
+    With `explain` the terminal also shows where the time goes, which the report holds in any case.
+    """
     console.set_quiet(quiet)
     with reporting_errors(as_json):
         silence_library_logs()
@@ -36,7 +45,7 @@ def finish(
         if as_json:
             print_json(document(outcome))
         else:
-            print_outcome(outcome)
+            print_outcome(outcome, explain=explain)
         missed = outcome.missed and not no_gate
         raise typer.Exit(EXIT_GATE_MISSED if missed else EXIT_OK)
 
@@ -74,7 +83,7 @@ def print_rows(rows: list[dict[str, str]]) -> None:
         typer.echo(f"{row['name']:<{width}}  {row['description']}")
 
 
-def print_outcome(outcome: Outcome) -> None:
+def print_outcome(outcome: Outcome, *, explain: bool = False) -> None:
     """What a command did, for people: what is bad first, then the tables, then where everything is."""
     from rich.console import Console
 
@@ -90,7 +99,7 @@ def print_outcome(outcome: Outcome) -> None:
     for document in outcome.profiles.values():
         stdout.print(models_table(document))
     for document in outcome.profiles.values():
-        for table in explanation_tables(document):
+        for table in explanation_tables(document) if explain else ():
             stdout.print(table, soft_wrap=True)
         stdout.print(verdict_text(document), markup=False, soft_wrap=True)
     if outcome.missed and not outcome.profiles:
