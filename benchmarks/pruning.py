@@ -68,7 +68,7 @@ def arms_of(arguments: argparse.Namespace) -> list[Arm]:
         return Arm(name, {"data": data, "model": trained, "stages": [stage, INT8]}, stage="pruned")
 
     for name, ratio in STRUCTURED.items():
-        cut = {"channel_ratio": 1.0 - ratio**-0.5, "channel_multiple": arguments.channel_multiple}
+        cut = {"macs_ratio": 1.0 - 1.0 / ratio, "channel_multiple": arguments.channel_multiple}
         arms.append(pruned(f"ours {name}", steps=arguments.steps, scope="global", teacher=teacher, **cut))
         arms.append(pruned(f"L1 {name}", steps=1, scope="layer", **cut))
     for name, sparsity in SPARSE.items():
