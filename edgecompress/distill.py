@@ -7,6 +7,7 @@ loop does not know whether a teacher stands behind it.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -40,12 +41,12 @@ Where it is a module, its parameters are trained along and dropped afterwards; a
 """
 
 
-class TrainingLoss(nn.Module):
+class TrainingLoss(nn.Module, ABC):
     """A loss function of the stages. Its parameters, if any, are trained along and never exported."""
 
+    @abstractmethod
     def forward(self, batch: TrainingBatch, logits: Tensor) -> Tensor:
         """A scalar for the student's `logits` [N, K]."""
-        raise NotImplementedError
 
     @contextmanager
     def watching(self, student: nn.Module, example: Tensor) -> Iterator[None]:
