@@ -23,9 +23,8 @@ _BF16_FEATURES = {"avx512_bf16", "amx_bf16", "bf16"}
 def resolve_precision(precision: str, module: nn.Module) -> MixedPrecision:
     """`auto` is bf16 where the hardware computes in it, fp16 on older GPUs, and plain fp32 elsewhere.
 
-    On CPUs a net with depthwise convolutions stays in fp32: they gain nothing from bf16, and the conversions cost (an
-    MobileNetV3-small trained at 354 img/s in fp32 and at 200 in bf16, one thread of a CPU with AMX;
-    benchmarks/training_throughput.py).
+    On CPUs a net with depthwise convolutions stays in fp32: those gain nothing from bf16, and the conversions around
+    them cost. benchmarks/training_throughput.py compares any net with a plain fp32 loop.
     """
     if precision != "auto":
         names: dict[str, MixedPrecision] = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
