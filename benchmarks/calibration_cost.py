@@ -31,7 +31,7 @@ from rich.console import Console
 from rich.table import Table
 
 from edgecompress.machine import describe_machine, summarize_machine, versions
-from edgecompress.measure_worker import _peak_rss_bytes
+from edgecompress.measure.measure_worker import _peak_rss_bytes
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -89,7 +89,7 @@ def run_ours(request: dict[str, Any]) -> dict[str, Any]:
 
     from edgecompress.int8.post_training import quantize
     from edgecompress.int8.scheme import Scheme
-    from edgecompress.recipe import QuantizeStage
+    from edgecompress.settings.recipe import QuantizeStage
 
     counts = sizes(request["samples"], request["batch_size"])
     calibration = {"method": request["method"], "samples": request["samples"], "batch_size": request["batch_size"]}
@@ -135,9 +135,9 @@ def export(request: dict[str, Any]) -> dict[str, Any]:
     """Write the float model as ONNX, in a process of its own so that the peak of this one counts nowhere."""
     import torch
 
-    from edgecompress.export import Provenance, export_onnx
-    from edgecompress.preprocessing import Preprocessing
-    from edgecompress.target import load_target
+    from edgecompress.data.preprocessing import Preprocessing
+    from edgecompress.export.onnx_export import Provenance, export_onnx
+    from edgecompress.settings.target import load_target
 
     export_onnx(
         create(),

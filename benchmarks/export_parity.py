@@ -29,8 +29,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from edgecompress.data import ImageData, open_data
-from edgecompress.export import (
+from edgecompress.data.preprocessing import Preprocessing
+from edgecompress.data.run_data import ImageData, open_data
+from edgecompress.export.onnx_export import (
     INPUT_NAME,
     OUTPUT_NAME,
     Provenance,
@@ -38,13 +39,12 @@ from edgecompress.export import (
     export_with_preprocessing,
     open_session,
 )
+from edgecompress.export.parity import largest_differences, top1_agreement
 from edgecompress.machine import describe_machine, summarize_machine, versions
-from edgecompress.models import build, resolve_architecture
-from edgecompress.parity import largest_differences, top1_agreement
-from edgecompress.preprocessing import Preprocessing
-from edgecompress.recipe import DataSettings, ModelSettings
-from edgecompress.target import Target, load_target
-from edgecompress.weights import load_checkpoint
+from edgecompress.models.model_building import build, resolve_architecture
+from edgecompress.models.weights import load_checkpoint
+from edgecompress.settings.recipe import DataSettings, ModelSettings
+from edgecompress.settings.target import Target, load_target
 
 Pixels = NDArray[np.uint8]
 Logits = NDArray[np.float32]

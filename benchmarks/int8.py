@@ -34,19 +34,19 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
-from edgecompress.checkpoint import example_input
-from edgecompress.data import PreparedSplit, calibration_indices, open_data
-from edgecompress.export import INPUT_NAME, OUTPUT_NAME, Provenance, export_onnx, open_session
-from edgecompress.images import SPLIT_NAMES
-from edgecompress.integer_graph import inspect_integer_graph
+from edgecompress.data.images import SPLIT_NAMES
+from edgecompress.data.preprocessing import Preprocessing
+from edgecompress.data.run_data import PreparedSplit, calibration_indices, open_data
+from edgecompress.export.onnx_export import INPUT_NAME, OUTPUT_NAME, Provenance, export_onnx, open_session
+from edgecompress.export.parity import Logits, sqnr_db, top1_agreement
 from edgecompress.machine import describe_machine, has_vnni, summarize_machine, versions
-from edgecompress.measuring import measure_latency
-from edgecompress.model_settings import ModelSettings
-from edgecompress.models import create_model
-from edgecompress.parity import Logits, sqnr_db, top1_agreement
-from edgecompress.preprocessing import Preprocessing
-from edgecompress.recipe import DataSettings, QuantizeStage
-from edgecompress.target import load_target
+from edgecompress.measure.integer_graph import inspect_integer_graph
+from edgecompress.measure.measuring import measure_latency
+from edgecompress.models.checkpoint import example_input
+from edgecompress.models.model_building import create_model
+from edgecompress.settings.model_settings import ModelSettings
+from edgecompress.settings.recipe import DataSettings, QuantizeStage
+from edgecompress.settings.target import load_target
 
 _METHODS = Path(__file__).with_name("int8_methods.py")
 _BATCH = 32

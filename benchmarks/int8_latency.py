@@ -32,16 +32,16 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.nn import functional
 
-from edgecompress.export import INPUT_NAME, OUTPUT_NAME, Provenance, export_onnx, open_session
+from edgecompress.data.preprocessing import Preprocessing
+from edgecompress.export.onnx_export import INPUT_NAME, OUTPUT_NAME, Provenance, export_onnx, open_session
+from edgecompress.export.parity import sqnr_db
 from edgecompress.int8.post_training import quantize
 from edgecompress.int8.scheme import resolve_scheme
-from edgecompress.integer_graph import IntegerGraph, inspect_integer_graph
 from edgecompress.machine import describe_machine, summarize_machine, versions
-from edgecompress.measuring import LatencyMeasurement, measure_latency
-from edgecompress.parity import sqnr_db
-from edgecompress.preprocessing import Preprocessing
-from edgecompress.recipe import QuantizeStage
-from edgecompress.target import Target, load_target
+from edgecompress.measure.integer_graph import IntegerGraph, inspect_integer_graph
+from edgecompress.measure.measuring import LatencyMeasurement, measure_latency
+from edgecompress.settings.recipe import QuantizeStage
+from edgecompress.settings.target import Target, load_target
 
 MODELS = (
     "torchvision/resnet18",

@@ -35,13 +35,13 @@ from onnxruntime.quantization.matmul_nbits_quantizer import DefaultWeightOnlyQua
 from rich.console import Console
 from rich.table import Table
 
-from edgecompress.export import INPUT_NAME, OUTPUT_NAME, open_session
-from edgecompress.integer_graph import inspect_integer_graph
+from edgecompress.export.onnx_export import INPUT_NAME, OUTPUT_NAME, open_session
+from edgecompress.export.onnx_rewrite import GraphIndex
+from edgecompress.export.parity import sqnr_db
 from edgecompress.machine import describe_machine, summarize_machine, versions
-from edgecompress.measuring import measure_latency
-from edgecompress.onnx_rewrite import GraphIndex
-from edgecompress.parity import sqnr_db
-from edgecompress.target import load_target
+from edgecompress.measure.integer_graph import inspect_integer_graph
+from edgecompress.measure.measuring import measure_latency
+from edgecompress.settings.target import load_target
 
 MODELS = ("timm/deit_tiny_patch16_224", "timm/mixer_s32_224", "timm/resmlp_12_224")
 _BLOCK = 32

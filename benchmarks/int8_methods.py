@@ -18,14 +18,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edgecompress.measure_worker import _peak_rss_bytes, _status_bytes
+from edgecompress.measure.measure_worker import _peak_rss_bytes, _status_bytes
 
 if TYPE_CHECKING:
     from torch import Tensor
     from torch.fx import GraphModule
 
+    from edgecompress.data.preprocessing import Preprocessing
     from edgecompress.int8.quantized_model import QuantizedModel
-    from edgecompress.preprocessing import Preprocessing
 
 INPUT_NAME = "input"  # as edgecompress.export names it; importing that here would bring torch into the peers' memory
 _BATCH = 32
@@ -110,16 +110,16 @@ def _make_nncf(request: dict[str, Any]) -> dict[str, Any]:
 def _make_ours(request: dict[str, Any]) -> dict[str, Any]:
     import torch
 
-    from edgecompress.checkpoint import example_input
-    from edgecompress.data import open_data
-    from edgecompress.export import Provenance, export_onnx
+    from edgecompress.data.run_data import open_data
+    from edgecompress.export.onnx_export import Provenance, export_onnx
     from edgecompress.int8.post_training import quantize
     from edgecompress.int8.scheme import resolve_scheme
     from edgecompress.machine import versions
-    from edgecompress.model_settings import ModelSettings
-    from edgecompress.models import create_model
-    from edgecompress.recipe import DataSettings, QuantizeStage
-    from edgecompress.target import load_target
+    from edgecompress.models.checkpoint import example_input
+    from edgecompress.models.model_building import create_model
+    from edgecompress.settings.model_settings import ModelSettings
+    from edgecompress.settings.recipe import DataSettings, QuantizeStage
+    from edgecompress.settings.target import load_target
 
     torch.manual_seed(0)
     data = open_data(DataSettings.model_validate(request["data"]))

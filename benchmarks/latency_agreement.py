@@ -24,8 +24,8 @@ from rich.console import Console
 from rich.table import Table
 
 from edgecompress.machine import describe_machine, summarize_machine, versions
-from edgecompress.measuring import measure_latency
-from edgecompress.statistics import hierarchical_bootstrap_ratio
+from edgecompress.measure.measuring import measure_latency
+from edgecompress.measure.statistics import hierarchical_bootstrap_ratio
 
 PLAIN_LOOP = """
 import json, sys, time
@@ -73,7 +73,7 @@ def tool_ms(path: Path, threads: int, seconds: float) -> float:
 def _random_models(folder: Path) -> list[Path]:
     from int8_latency import create, write_onnx
 
-    from edgecompress.target import load_target
+    from edgecompress.settings.target import load_target
 
     paths = []
     for name in ("mobilenet_v2", "resnet18"):

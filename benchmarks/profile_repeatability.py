@@ -26,9 +26,9 @@ from rich.console import Console
 from rich.table import Table
 
 from edgecompress.machine import describe_machine, summarize_machine, versions
-from edgecompress.measuring import LatencyMeasurement, measure_latency
+from edgecompress.measure.measuring import LatencyMeasurement, measure_latency
 from edgecompress.run_directory import write_json
-from edgecompress.target import Target, load_target
+from edgecompress.settings.target import Target, load_target
 
 KINDS = {"pair": "int8 against fp32", "same": "fp32 against itself"}
 LEAST_HELD, MOST_ALARMS = 17, 2

@@ -23,8 +23,9 @@ import numpy as np
 from arms import INT8, Arm, Benchmark, paired_points, print_table, spread, stage_accuracy
 
 from edgecompress import pipeline
-from edgecompress.machine import describe_machine, own_target, summarize_machine
-from edgecompress.measuring import measure_latency
+from edgecompress.machine import describe_machine, summarize_machine
+from edgecompress.measure.measuring import measure_latency
+from edgecompress.settings.target import own_target
 
 STRUCTURED = {"2.1x": 2.1, "4x": 4.0}
 SPARSE = {"sparse 58 %": 0.58, "sparse 90 %": 0.90}

@@ -23,13 +23,13 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from edgecompress.integer_graph import inspect_integer_graph
 from edgecompress.machine import describe_machine, summarize_machine, versions
-from edgecompress.measuring import measure_latency
-from edgecompress.prune import ChannelPruner
-from edgecompress.recipe import PruneStage
-from edgecompress.roofline import measure_peaks
-from edgecompress.target import load_target
+from edgecompress.measure.integer_graph import inspect_integer_graph
+from edgecompress.measure.measuring import measure_latency
+from edgecompress.measure.roofline import measure_peaks
+from edgecompress.pruning.prune import ChannelPruner
+from edgecompress.settings.recipe import PruneStage
+from edgecompress.settings.target import load_target
 
 CHANNEL_RATIO = 0.5
 

@@ -20,18 +20,18 @@ from rich.console import Console
 from torch import nn
 from torch.nn import functional
 
-from edgecompress.configuration import apply_overrides, validate
-from edgecompress.data import PreparedSplit, open_data
-from edgecompress.distill import label_loss
-from edgecompress.evaluate import accuracy, collect_logits
+from edgecompress.data.preprocessing import Preprocessing
+from edgecompress.data.run_data import PreparedSplit, open_data
 from edgecompress.machine import describe_machine, summarize_machine, versions
-from edgecompress.models import create_model
-from edgecompress.optimization import cosine_with_warmup
-from edgecompress.precision import resolve_precision
-from edgecompress.preprocessing import Preprocessing
-from edgecompress.recipe import DataSettings, ModelSettings
-from edgecompress.training import EpochRecord, fit
-from edgecompress.training_settings import TrainingSettings
+from edgecompress.models.model_building import create_model
+from edgecompress.settings.configuration import apply_overrides, validate
+from edgecompress.settings.recipe import DataSettings, ModelSettings
+from edgecompress.settings.training_settings import TrainingSettings
+from edgecompress.training.distill import label_loss
+from edgecompress.training.evaluate import accuracy, collect_logits
+from edgecompress.training.optimization import cosine_with_warmup
+from edgecompress.training.precision import resolve_precision
+from edgecompress.training.training_loop import EpochRecord, fit
 
 
 def plain_epochs(

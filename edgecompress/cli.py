@@ -19,7 +19,7 @@ import typer
 from typer.core import TyperGroup
 
 from edgecompress import console
-from edgecompress.cli_options import (
+from edgecompress.commands.cli_options import (
     JsonOption,
     NoGateOption,
     OptionalTarget,
@@ -34,8 +34,8 @@ from edgecompress.cli_options import (
     TargetOption,
     ThoroughOption,
 )
-from edgecompress.cli_output import command_line, finish, print_json, reporting_errors, silence_library_logs
-from edgecompress.cli_settings import recipes_app, targets_app
+from edgecompress.commands.cli_output import command_line, finish, print_json, reporting_errors, silence_library_logs
+from edgecompress.commands.cli_settings import recipes_app, targets_app
 from edgecompress.errors import EXIT_GATE_MISSED, EXIT_OK, EXIT_STAGE_FAILED, ConfigurationError
 
 if TYPE_CHECKING:
@@ -191,8 +191,8 @@ def profile(
             raise ConfigurationError("--shape and --output go with ONNX files; a run knows its own")
         thoroughness = _thoroughness(quick, thorough)
         _check_run_and_target(run, target)
-        from edgecompress.remote import Host
-        from edgecompress.target import load_target
+        from edgecompress.deploy.remote import Host
+        from edgecompress.settings.target import load_target
 
         if host is not None and results is not None:
             raise ConfigurationError("--host and --results: give one of them; the first measures, the second has")
@@ -245,7 +245,7 @@ def _profile_files(
 def _print_files(document: Any) -> None:
     from rich.console import Console
 
-    from edgecompress.profile_text import budget_lines, explanation_tables, files_table
+    from edgecompress.report.profile_text import budget_lines, explanation_tables, files_table
 
     stdout = Console(highlight=False, emoji=False)
     for text in document["notes"]:
@@ -361,7 +361,7 @@ def verify(
     """Check every file against the manifest, then a bundle's answers; end with 1 where anything differs."""
     console.set_quiet(quiet)
     with reporting_errors(as_json):
-        from edgecompress.verify import verify as check
+        from edgecompress.deploy.verify import verify as check
 
         found = check(path)
         if as_json:
@@ -408,8 +408,8 @@ def sensitivity(
             return
         from rich.console import Console
 
-        from edgecompress.placement_text import sensitivity_table
-        from edgecompress.sensitivity_text import channels_table, proposal_lines
+        from edgecompress.report.placement_text import sensitivity_table
+        from edgecompress.report.sensitivity_text import channels_table, proposal_lines
 
         stdout = Console(highlight=False, emoji=False)
         if what != "channels" and "layers" in document:
@@ -443,7 +443,7 @@ def debug_int8(
         if as_json:
             print_json(document)
             return
-        from edgecompress.debug_run import debug_text
+        from edgecompress.steps.debug_run import debug_text
 
         for line in debug_text(document):
             typer.echo(line)
@@ -454,7 +454,7 @@ def debug_int8(
 def doctor(as_json: JsonOption = False, no_gate: NoGateOption = False) -> None:
     """Look at this machine and this installation, and say what they mean for int8 and for measuring."""
     with reporting_errors(as_json):
-        from edgecompress.doctor import doctor_document, examine, findings_table
+        from edgecompress.commands.doctor import doctor_document, examine, findings_table
 
         findings = examine()
         document = doctor_document(findings)
@@ -475,8 +475,8 @@ def _thoroughness(quick: bool, thorough: bool) -> str:
 
 def _check_recipe_and_targets(recipe: str, overrides: Sequence[str], targets: Sequence[str]) -> None:
     """Name the faults of all files at once, and before torch, which takes seconds to load."""
-    from edgecompress.recipe import load_recipe
-    from edgecompress.target import load_target
+    from edgecompress.settings.recipe import load_recipe
+    from edgecompress.settings.target import load_target
 
     checks: list[Callable[[], object]] = [lambda: load_recipe(recipe, overrides)]
     checks += [functools.partial(load_target, target) for target in targets]
@@ -493,7 +493,7 @@ def _check_recipe_and_targets(recipe: str, overrides: Sequence[str], targets: Se
 def _check_run_and_target(run: Path | None, target: str | None) -> None:
     """Refuse a run or a target that is not there before torch is loaded."""
     from edgecompress.run_directory import open_run
-    from edgecompress.target import load_target
+    from edgecompress.settings.target import load_target
 
     open_run(run)
     if target is not None:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # pydantic and yaml, which a device has no use for: a bundle ships this module there
-    from edgecompress.target import Target
+    from edgecompress.settings.target import Target
 
 ROOT = Path("/")
 _ARCHITECTURES = {"amd64": "x86_64", "x64": "x86_64", "arm64": "aarch64"}
@@ -206,13 +206,6 @@ def describe_machine(root: Path = ROOT) -> dict[str, Any]:
             "max": _megahertz(root, "cpuinfo_max_freq"),
         },
     }
-
-
-def own_target() -> Target:
-    """The shipped target of the machine at hand: arm64 or x86."""
-    from edgecompress.target import load_target
-
-    return load_target("arm64" if architecture() == "aarch64" else "x86")
 
 
 def summarize_machine(facts: dict[str, Any]) -> str:

@@ -18,30 +18,31 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
 
-from edgecompress import console, workers
-from edgecompress.apply_run import apply_recipe, start_manifest
-from edgecompress.bundle import Bundle, write_bundle
-from edgecompress.channel_sensitivity_run import channel_sensitivity_run
-from edgecompress.debug_run import debug_run
+from edgecompress import console
+from edgecompress.deploy.bundle import Bundle, write_bundle
+from edgecompress.deploy.remote import Host
 from edgecompress.errors import ConfigurationError, InputError, RunError
-from edgecompress.explanation import Depth
-from edgecompress.export_run import export_folder, export_run
-from edgecompress.machine import own_target
-from edgecompress.measuring import STANDARD, THOROUGHNESS
-from edgecompress.model_files import parse_shapes
-from edgecompress.profile_files import profile_files as measure_files
-from edgecompress.profile_run import profile_run
-from edgecompress.recipe import QatStage, Recipe, load_recipe
-from edgecompress.remote import Host
-from edgecompress.report import ReportPaths, write_report
+from edgecompress.measure.explanation import Depth
+from edgecompress.measure.measuring import STANDARD, THOROUGHNESS
+from edgecompress.measure.model_files import parse_shapes
+from edgecompress.measure.runtime_options import parse_providers
+from edgecompress.measure.sweeps import parse_sweeps
+from edgecompress.report.report_page import ReportPaths, write_report
 from edgecompress.run_directory import RUNS_ROOT, Json, RunDirectory, new_run_path, open_run, read_json, write_json
-from edgecompress.run_state import missed_gates, recipe_document, recipe_of
-from edgecompress.runtime_options import parse_providers
-from edgecompress.sensitivity_run import FILE as SENSITIVITY_FILE
-from edgecompress.sensitivity_run import sensitivity_run
+from edgecompress.settings.gates import missed_gates
+from edgecompress.settings.recipe import QatStage, Recipe, load_recipe
+from edgecompress.settings.target import Target, load_target, own_target
 from edgecompress.shipped import shipped_path
-from edgecompress.sweeps import parse_sweeps
-from edgecompress.target import Target, load_target
+from edgecompress.steps.apply_run import apply_recipe, start_manifest
+from edgecompress.steps.channel_sensitivity_run import channel_sensitivity_run
+from edgecompress.steps.debug_run import debug_run
+from edgecompress.steps.export_run import export_folder, export_run
+from edgecompress.steps.profile_files import profile_files as measure_files
+from edgecompress.steps.profile_run import profile_run
+from edgecompress.steps.run_state import recipe_document, recipe_of
+from edgecompress.steps.sensitivity_run import FILE as SENSITIVITY_FILE
+from edgecompress.steps.sensitivity_run import sensitivity_run
+from edgecompress.training import workers
 
 INT8_IMAGES, CHANNEL_IMAGES = 32, 256  # held-out images of sensitivity; accuracy needs more of them than decibels
 

@@ -11,7 +11,7 @@ import onnx
 
 from edgecompress.machine import architecture
 from edgecompress.run_directory import RunDirectory, write_json
-from edgecompress.target import Target
+from edgecompress.settings.target import Target
 from onnx_models import CLASSES, SIZE, quantized, residual_net
 
 LABELS = ["cat", "dog", "a\nb", "hämster", "owl", "fox"]

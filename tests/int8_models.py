@@ -12,14 +12,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from edgecompress.export import Provenance, export_onnx, open_session
+from edgecompress.data.preprocessing import Preprocessing
+from edgecompress.export.onnx_export import Provenance, export_onnx, open_session
 from edgecompress.int8.post_training import quantize
 from edgecompress.int8.quantized_model import QuantizedModel
 from edgecompress.int8.scheme import Scheme
-from edgecompress.integer_graph import IntegerGraph, inspect_integer_graph
-from edgecompress.preprocessing import Preprocessing
-from edgecompress.recipe import QuantizeStage
-from edgecompress.target import Target, load_target
+from edgecompress.measure.integer_graph import IntegerGraph, inspect_integer_graph
+from edgecompress.settings.recipe import QuantizeStage
+from edgecompress.settings.target import Target, load_target
 
 SIZE = 8
 CLASSES = 5

@@ -6,10 +6,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from edgecompress.data import ImageData, PreparedSplit, open_data
-from edgecompress.models import Architecture
-from edgecompress.preprocessing import Preprocessing
-from edgecompress.recipe import DataSettings
+from edgecompress.data.preprocessing import Preprocessing
+from edgecompress.data.run_data import ImageData, PreparedSplit, open_data
+from edgecompress.models.model_building import Architecture
+from edgecompress.settings.recipe import DataSettings
 
 
 class TinyNet(nn.Module):

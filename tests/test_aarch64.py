@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from bundle_runs import small_run
-from edgecompress.bundle import write_bundle
-from edgecompress.target import load_target
+from edgecompress.deploy.bundle import write_bundle
+from edgecompress.settings.target import load_target
 
 SCRIPT = Path(__file__).resolve().parent.parent / "benchmarks" / "aarch64_self_test.py"
 LOST = [tool for tool in ("qemu-aarch64", "apt-get", "dpkg-deb") if shutil.which(tool) is None]

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from edgecompress.augmentation import augment, mix
-from edgecompress.training_settings import AugmentSettings
+from edgecompress.data.augmentation import augment, mix
+from edgecompress.settings.training_settings import AugmentSettings
 
 
 def test_augmentation_off_changes_nothing() -> None:

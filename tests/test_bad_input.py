@@ -15,8 +15,8 @@ import pytest
 
 from conftest import CommandLine
 from edgecompress.errors import DataError
-from edgecompress.recipe import Recipe, load_recipe
 from edgecompress.run_directory import RunDirectory
+from edgecompress.settings.recipe import Recipe, load_recipe
 
 RECIPE = """\
 name: mine

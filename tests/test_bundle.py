@@ -20,7 +20,7 @@ from onnx import numpy_helper
 
 from bundle_runs import LABELS, here, small_run
 from conftest import CommandLine
-from edgecompress.bundle import DEVICE_MODULES, Bundle, write_bundle
+from edgecompress.deploy.bundle import DEVICE_MODULES, Bundle, write_bundle
 from edgecompress.errors import RunError
 from edgecompress.run_directory import RunDirectory, sha256_of, write_json
 
@@ -203,17 +203,18 @@ def test_bench_prints_a_table_and_writes_every_latency(bundle: Bundle, tmp_path:
 
 
 def test_scripts_speak_python_3_9_and_bring_all_that_they_import(bundle: Bundle) -> None:
-    scripts = [bundle.folder / "infer.py", bundle.folder / "bench.py", *(bundle.folder / "edgecompress").glob("*.py")]
+    scripts = [bundle.folder / "infer.py", bundle.folder / "bench.py", *(bundle.folder / "edgecompress").rglob("*.py")]
     assert len(scripts) == 2 + len(DEVICE_MODULES)
     for path in scripts:
         tree = ast.parse(path.read_text(encoding="utf-8"), feature_version=(3, 9))
-        source = PACKAGE / "device" / path.name if path.parent == bundle.folder else PACKAGE / path.name
+        own = path.relative_to(bundle.folder).as_posix()
+        source = PACKAGE / "device" / path.name if path.parent == bundle.folder else PACKAGE.parent / own
         assert path.read_bytes() == source.read_bytes()
         for node in ast.walk(tree):
             if isinstance(node, ast.Call):  # syntax that 3.9 reads, and functions that it has not
                 assert "strict" not in {keyword.arg for keyword in node.keywords}, f"{path.name}:{node.lineno}"
     program = (
-        "import sys; sys.path.insert(0, sys.argv[1]); import bench, infer, edgecompress.measure_worker, json; "
+        "import sys; sys.path.insert(0, sys.argv[1]); import bench, infer, edgecompress.measure.measure_worker, json; "
         "others = {name.partition('.')[0] for name in sys.modules}; "
         "print(sorted(others & {'torch', 'onnx', 'pydantic', 'yaml', 'rich', 'PIL', 'psutil'})); "
         "print([m.__file__ for n, m in sys.modules.items() if n.startswith('edgecompress')])"

@@ -12,13 +12,13 @@ import pytest
 import torch
 
 from conftest import CommandLine
-from edgecompress.channel_sensitivity import ChannelSensitivity, GroupSensitivity, Point
-from edgecompress.complexity import measure_complexity
 from edgecompress.errors import PruningError
-from edgecompress.latency_trial import LatencyShare
-from edgecompress.prune import ChannelPruner
-from edgecompress.prune_settings import PruneStage
-from edgecompress.sensitivity_figure import sensitivity_svg
+from edgecompress.measure.latency_trial import LatencyShare
+from edgecompress.models.complexity import measure_complexity
+from edgecompress.pruning.channel_sensitivity import ChannelSensitivity, GroupSensitivity, Point
+from edgecompress.pruning.prune import ChannelPruner
+from edgecompress.report.sensitivity_figure import sensitivity_svg
+from edgecompress.settings.prune_settings import PruneStage
 from small_models import TinyNet, images, tiny_net
 
 
@@ -52,7 +52,7 @@ def _net() -> TinyNet:
 @pytest.fixture
 def settled(monkeypatch: pytest.MonkeyPatch) -> None:
     """Statistics stay as they are: there is no training set here to settle them on."""
-    from edgecompress import channel_sensitivity
+    from edgecompress.pruning import channel_sensitivity
 
     monkeypatch.setattr(channel_sensitivity, "reestimate_batch_norm", lambda module, batches: None)
 

@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from edgecompress.checkpoint import Checkpoint, example_input, load_checkpoint, save_checkpoint
 from edgecompress.errors import RunError
-from edgecompress.models import build
-from edgecompress.prune import ChannelPruner
-from edgecompress.prune_settings import PruneStage
+from edgecompress.models.checkpoint import Checkpoint, example_input, load_checkpoint, save_checkpoint
+from edgecompress.models.model_building import build
+from edgecompress.pruning.prune import ChannelPruner
+from edgecompress.settings.prune_settings import PruneStage
 from small_models import images, small_architecture
 
 

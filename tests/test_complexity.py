@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from edgecompress.complexity import compressed_size_bytes, count_macs, measure_complexity, weight_sparsity
+from edgecompress.models.complexity import compressed_size_bytes, count_macs, measure_complexity, weight_sparsity
 from small_models import TinyNet, images
 
 

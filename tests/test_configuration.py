@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import Field
 
-from edgecompress.configuration import (
+from edgecompress.errors import ConfigurationError
+from edgecompress.settings.configuration import (
     ClosedFraction,
     Fraction,
     FrozenSettings,
@@ -24,9 +25,8 @@ from edgecompress.configuration import (
     read_yaml_mapping,
     validate,
 )
-from edgecompress.errors import ConfigurationError
-from edgecompress.recipe import Recipe
-from edgecompress.target import Target
+from edgecompress.settings.recipe import Recipe
+from edgecompress.settings.target import Target
 
 FILE = {
     "name": "mine",

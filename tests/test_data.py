@@ -16,11 +16,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from edgecompress import console, data_sources, images
-from edgecompress.data import calibration_indices, open_data
+from edgecompress import console
+from edgecompress.data import data_sources, images
+from edgecompress.data.preprocessing import Preprocessing
+from edgecompress.data.run_data import calibration_indices, open_data
 from edgecompress.errors import DataError
-from edgecompress.preprocessing import Preprocessing
-from edgecompress.recipe import DataSettings
+from edgecompress.settings.recipe import DataSettings
 
 PLAIN = Preprocessing(8, 3, (0.5,) * 3, (0.5,) * 3, "bilinear", 1.0)
 GREY8 = Preprocessing(8, 1, (0.5,), (0.5,), "bilinear", 1.0)

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from conftest import CommandLine
-from edgecompress.debug_run import adds_in_16_bits, debug_text
 from edgecompress.int8.causes import (
     ISLAND,
     NARROW_CHANNEL,
@@ -31,7 +30,8 @@ from edgecompress.int8.grids import observe_grids
 from edgecompress.int8.mixed import MixedModel
 from edgecompress.int8.scheme import Scheme
 from edgecompress.int8.sensitivity import measure_sensitivity
-from edgecompress.target import load_target
+from edgecompress.settings.target import load_target
+from edgecompress.steps.debug_run import adds_in_16_bits, debug_text
 from int8_models import CLASSES, conv, images, quantized, seeded, stage
 
 EIGHT_BITS = Scheme("uint8", 8)

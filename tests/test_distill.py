@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from edgecompress.distill import (
+from edgecompress.settings.teacher_settings import TeacherSettings
+from edgecompress.training.distill import (
     DistillationLoss,
     TrainingBatch,
     decoupled_divergence,
@@ -15,8 +16,7 @@ from edgecompress.distill import (
     relation_divergence,
     soft_target_divergence,
 )
-from edgecompress.teacher import FrozenTeacher
-from edgecompress.teacher_settings import TeacherSettings
+from edgecompress.training.teacher import FrozenTeacher
 
 
 def _softmax(values: np.ndarray) -> np.ndarray:

@@ -9,8 +9,8 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
-from edgecompress.divergence import first_divergence
-from edgecompress.target import load_target
+from edgecompress.export.divergence import first_divergence
+from edgecompress.settings.target import load_target
 from int8_models import Residual, SqueezeExcite, export, images, seeded
 
 TARGET = load_target("x86-avx2")

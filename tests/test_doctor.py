@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from edgecompress import doctor, machine
+from edgecompress import machine
 from edgecompress.cli import app
-from edgecompress.doctor import Finding, doctor_document, examine
+from edgecompress.commands import doctor
+from edgecompress.commands.doctor import Finding, doctor_document, examine
 
 
 @pytest.fixture(autouse=True)

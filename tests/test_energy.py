@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from edgecompress import energy
-from edgecompress.energy import EnergySources, find_sources, measure_energy
+from edgecompress.measure import energy
+from edgecompress.measure.energy import EnergySources, find_sources, measure_energy
 from onnx_models import residual_net
 
 HOW: dict[str, Any] = {"threads": 1, "providers": ("CPUExecutionProvider",), "input_npy": None}

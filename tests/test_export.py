@@ -18,11 +18,11 @@ import torch
 from torch import Tensor, nn
 
 import edgecompress
-from edgecompress.configuration import validate
+from edgecompress.data.preprocessing import Preprocessing
 from edgecompress.errors import ExportError
-from edgecompress.export import Provenance, check_file, export_onnx, open_session
-from edgecompress.preprocessing import Preprocessing
-from edgecompress.target import Target, load_target
+from edgecompress.export.onnx_export import Provenance, check_file, export_onnx, open_session
+from edgecompress.settings.configuration import validate
+from edgecompress.settings.target import Target, load_target
 from int8_models import CLASSES, PREPROCESSING, PROVENANCE, SIZE, Residual, conv, export, images, quantized, run, seeded
 
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from edgecompress.checkpoint import Checkpoint, example_input, load_checkpoint, save_checkpoint
-from edgecompress.complexity import measure_complexity, weight_layers
 from edgecompress.errors import PruningError
-from edgecompress.factorize import (
+from edgecompress.models.checkpoint import Checkpoint, example_input, load_checkpoint, save_checkpoint
+from edgecompress.models.complexity import measure_complexity, weight_layers
+from edgecompress.models.factorize import (
     Factorization,
     Form,
     as_matrix,
@@ -21,10 +21,10 @@ from edgecompress.factorize import (
     replace,
     spectra,
 )
-from edgecompress.model_history import HistoryStep, history_from_json, history_to_json
-from edgecompress.models import build
-from edgecompress.prune import ChannelPruner
-from edgecompress.prune_settings import PruneStage
+from edgecompress.models.model_building import build
+from edgecompress.models.model_history import HistoryStep, history_from_json, history_to_json
+from edgecompress.pruning.prune import ChannelPruner
+from edgecompress.settings.prune_settings import PruneStage
 from small_models import TinyNet, images, small_architecture, tiny_net
 
 LAYERS: dict[str, tuple[nn.Module, tuple[int, ...]]] = {

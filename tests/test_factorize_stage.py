@@ -11,16 +11,15 @@ from safetensors.torch import save_file
 from torch import nn
 
 from edgecompress import pipeline
-from edgecompress.checkpoint import load_checkpoint
-from edgecompress.complexity import measure_complexity, weight_layers
 from edgecompress.errors import ConfigurationError, PruningError
-from edgecompress.factorize import Factorization, removed_macs, spectra
-from edgecompress.factorize_settings import FactorizeStage
-from edgecompress.factorize_stage import _Choice
-from edgecompress.latency_trial import LatencyShare, layer_trial
-from edgecompress.machine import own_target
-from edgecompress.models import build
-from edgecompress.target import load_target
+from edgecompress.measure.latency_trial import LatencyShare, layer_trial
+from edgecompress.models.checkpoint import load_checkpoint
+from edgecompress.models.complexity import measure_complexity, weight_layers
+from edgecompress.models.factorize import Factorization, removed_macs, spectra
+from edgecompress.models.model_building import build
+from edgecompress.settings.factorize_settings import FactorizeStage
+from edgecompress.settings.target import load_target, own_target
+from edgecompress.stages.factorize_stage import _Choice
 from small_models import images, small_architecture, tiny_net
 
 

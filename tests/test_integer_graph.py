@@ -8,7 +8,7 @@ import pytest
 from onnx import helper
 
 from edgecompress.errors import ProfileError
-from edgecompress.integer_graph import inspect_integer_graph
+from edgecompress.measure.integer_graph import inspect_integer_graph
 from onnx_models import SIZE, _constant, quantized, residual_net, residual_net_macs, save
 
 

@@ -13,7 +13,7 @@ import int8_models
 from edgecompress.int8.integer_simulation import simulate_integers
 from edgecompress.int8.quantized_model import simulate
 from edgecompress.int8.scheme import Scheme
-from edgecompress.target import load_target
+from edgecompress.settings.target import load_target
 from int8_models import PATTERNS, UINT8_7, export, images, quantized, run, seeded
 
 # Every operator of these nets has an integer kernel that the simulation repeats. Others keep float operators, whose

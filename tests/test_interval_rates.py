@@ -12,8 +12,8 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from edgecompress.measure_worker import is_steady
-from edgecompress.statistics import (
+from edgecompress.measure.measure_worker import is_steady
+from edgecompress.measure.statistics import (
     drift_over,
     hierarchical_bootstrap_ratio,
     percentile_interval,

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from edgecompress.kernel_times import Kernel, KernelTimes, by_module, by_operator, kernel_times
+from edgecompress.measure.kernel_times import Kernel, KernelTimes, by_module, by_operator, kernel_times
 from onnx_models import quantized, residual_net
 
 CPU = ("CPUExecutionProvider",)

@@ -6,8 +6,8 @@ import torch
 from torch import nn
 
 from edgecompress.errors import ConfigurationError, TrainingError
-from edgecompress.layer_matching import LayerMatcher, LayerShape, pair_by_size, stage_ends
-from edgecompress.nets import resnet8, student_cnn
+from edgecompress.models.nets import resnet8, student_cnn
+from edgecompress.training.layer_matching import LayerMatcher, LayerShape, pair_by_size, stage_ends
 from small_models import tiny_net
 
 EXAMPLE = torch.zeros(2, 1, 16, 16)

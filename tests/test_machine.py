@@ -9,7 +9,7 @@ import pytest
 
 from edgecompress import machine
 from edgecompress.machine import describe_machine, fits, has_vnni, isa_features, summarize_machine, versions
-from edgecompress.target import Target
+from edgecompress.settings.target import Target
 
 X86 = "model name : Example CPU\nflags : fpu sse2 avx2 fma avx512f avx512_vnni\n\nprocessor : 1\nflags : x\n"
 ARM = "processor : 0\nFeatures : fp asimd asimddp\nCPU implementer : 0x41\nCPU part : 0xd0b\n"

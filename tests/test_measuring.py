@@ -15,12 +15,12 @@ import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper
 
-from edgecompress import measuring
-from edgecompress.answers import Answers
 from edgecompress.errors import ProfileError
 from edgecompress.machine import usable_cpus
-from edgecompress.measuring import LatencyMeasurement, measure_arena, measure_fresh, measure_latency
-from edgecompress.target import Target
+from edgecompress.measure import measuring
+from edgecompress.measure.answers import Answers
+from edgecompress.measure.measuring import LatencyMeasurement, measure_arena, measure_fresh, measure_latency
+from edgecompress.settings.target import Target
 from onnx_models import SIZE, residual_net, save
 
 CPU = ("CPUExecutionProvider",)
@@ -151,7 +151,7 @@ def test_process_that_hangs_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_worker_needs_neither_torch_nor_pydantic() -> None:
     program = (
-        "import json, sys, edgecompress.measure_worker; "
+        "import json, sys, edgecompress.measure.measure_worker; "
         "print(json.dumps([m for m in ('torch', 'onnx', 'pydantic', 'rich', 'scipy') if m in sys.modules]))"
     )
     done = subprocess.run(
@@ -201,7 +201,7 @@ def test_the_targets_session_settings_reach_the_session() -> None:
     """In a process of its own: binding to a CPU stays for as long as a process lives."""
     program = """
 import json, os, sys
-from edgecompress import measure_worker as worker
+from edgecompress.measure import measure_worker as worker
 settings = json.load(sys.stdin)
 options = worker.session_options(settings)
 made = {}

@@ -11,7 +11,7 @@ from edgecompress.int8.mixed import MixedModel, exact_globs
 from edgecompress.int8.post_training import quantize
 from edgecompress.int8.quantized_model import QuantizedModel, simulate
 from edgecompress.int8.scheme import Scheme
-from edgecompress.recipe import QuantizeStage
+from edgecompress.settings.recipe import QuantizeStage
 from int8_models import SIZE, Fire, Residual, Shared, SqueezeExcite, images, seeded
 
 STAGE = QuantizeStage.model_validate(

@@ -16,14 +16,15 @@ import torchvision
 from PIL import Image
 from torch import nn
 
-from edgecompress import console, models, zoo
-from edgecompress.data import ImageData
+from edgecompress import console
+from edgecompress.data.images import ArrayItems, ImageSplit
+from edgecompress.data.preprocessing import Preprocessing
+from edgecompress.data.run_data import ImageData
 from edgecompress.errors import ModelError
-from edgecompress.images import ArrayItems, ImageSplit
-from edgecompress.model_settings import ModelSettings
-from edgecompress.models import Architecture, build, create_model, load_checkpoint, resolve_architecture
-from edgecompress.nets import SMALL_NETS
-from edgecompress.preprocessing import Preprocessing
+from edgecompress.models import model_building, zoo
+from edgecompress.models.model_building import Architecture, build, create_model, load_checkpoint, resolve_architecture
+from edgecompress.models.nets import SMALL_NETS
+from edgecompress.settings.model_settings import ModelSettings
 
 
 def images(classes: int = 10, *, channels: int = 1, size: int | None = 8, class_index: bool = False) -> ImageData:
@@ -470,6 +471,6 @@ def test_nothing_is_fetched_unless_asked(monkeypatch: pytest.MonkeyPatch) -> Non
         raise AssertionError("the network was used")
 
     monkeypatch.setattr("socket.socket.connect", refuse)
-    monkeypatch.setattr(models, "_fetch", refuse)
+    monkeypatch.setattr(model_building, "_fetch", refuse)
     for name in ("timm/tf_efficientnet_lite0", "torchvision/squeezenet1_1", "resnet8"):
         create_model(model(name, preprocessing={"input_size": 64}), images(channels=3))

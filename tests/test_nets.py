@@ -5,7 +5,7 @@ import torch
 import torch_pruning
 from torch import nn
 
-from edgecompress.nets import SMALL_NETS
+from edgecompress.models.nets import SMALL_NETS
 
 
 def last_feature_sizes(net: nn.Module, size: int, channels: int = 3) -> list[int]:

@@ -10,10 +10,10 @@ import torch
 from onnx import TensorProto, helper
 from torch import nn
 
-from edgecompress.export import Provenance, export_onnx
-from edgecompress.node_names import module_in_name, modules_of, name_nodes
-from edgecompress.preprocessing import Preprocessing
-from edgecompress.target import load_target
+from edgecompress.data.preprocessing import Preprocessing
+from edgecompress.export.node_names import module_in_name, modules_of, name_nodes
+from edgecompress.export.onnx_export import Provenance, export_onnx
+from edgecompress.settings.target import load_target
 
 
 class Block(nn.Module):

@@ -12,8 +12,8 @@ import onnxruntime
 import pytest
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
-from edgecompress.integer_graph import inspect_integer_graph
-from edgecompress.onnx_rewrite import rewrite
+from edgecompress.export.onnx_rewrite import rewrite
+from edgecompress.measure.integer_graph import inspect_integer_graph
 
 SHAPE = [2, 3, 7, 9]
 PAD = [0, 0, 0, 1, 0, 0, 2, 3]  # begins of each axis, then ends: nothing above, 1 left, 2 below, 3 right

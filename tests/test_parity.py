@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from edgecompress.errors import ParityError
-from edgecompress.parity import (
+from edgecompress.export.parity import (
     class_changes,
     compare_float,
     compare_int8,
@@ -18,7 +18,7 @@ from edgecompress.parity import (
     top1_agreement,
     worst_class,
 )
-from edgecompress.recipe import Gates
+from edgecompress.settings.recipe import Gates
 
 GATES = Gates(
     fp32_max_relative_diff=1e-3,

@@ -10,19 +10,19 @@ import onnx
 import pytest
 from PIL import Image
 
-from edgecompress.export import export_with_preprocessing
-from edgecompress.images import FileItems, ImageSplit
-from edgecompress.ort_format import OPERATORS_FILE, convert, mobile_usability, remove_stale
-from edgecompress.parity import Logits, run_onnx
-from edgecompress.parity_variants import (
+from edgecompress.data.images import FileItems, ImageSplit
+from edgecompress.export.onnx_export import export_with_preprocessing
+from edgecompress.export.ort_format import OPERATORS_FILE, convert, mobile_usability, remove_stale
+from edgecompress.export.parity import Logits, run_onnx
+from edgecompress.export.parity_variants import (
     Subset,
     choose_subset,
     compare_ort_format,
     compare_variants,
     compare_with_preprocessing,
 )
-from edgecompress.recipe import Gates
-from edgecompress.target import load_target
+from edgecompress.settings.recipe import Gates
+from edgecompress.settings.target import load_target
 from int8_models import PREPROCESSING, Residual, export, quantized, seeded
 from test_preprocessing_graph import photograph
 

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from edgecompress import pipeline
 from edgecompress.errors import PruningError, RunError, TrainingError
-from edgecompress.models import build
+from edgecompress.models.model_building import build
 from edgecompress.run_directory import sha256_of
 from small_models import small_architecture
 

@@ -11,11 +11,12 @@ import pytest
 import torch
 
 from conftest import CommandLine
-from edgecompress import placement_run, placement_trial
-from edgecompress.evaluate import paired_drop_interval
+from edgecompress.int8 import placement_trial
 from edgecompress.int8.placement import Candidate, LayerCost
-from edgecompress.placement_trial import HeldOut, judged
-from edgecompress.run_state import missed_gates, speed_gate
+from edgecompress.int8.placement_trial import HeldOut, judged
+from edgecompress.settings.gates import missed_gates, speed_gate
+from edgecompress.steps import placement_run
+from edgecompress.training.evaluate import paired_drop_interval
 
 
 def test_the_interval_of_a_drop_holds_the_truth_as_often_as_it_says() -> None:

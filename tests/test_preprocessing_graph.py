@@ -13,12 +13,12 @@ import pytest
 from onnx import TensorProto, helper
 from PIL import Image
 
+from edgecompress.data.preprocessing import Preprocessing
 from edgecompress.errors import ExportError
-from edgecompress.export import check_file, open_session
-from edgecompress.integer_graph import inspect_integer_graph
-from edgecompress.preprocessing import Preprocessing
-from edgecompress.preprocessing_graph import PREFIX, describe_signature, embed_preprocessing, input_form
-from edgecompress.target import load_target
+from edgecompress.export.onnx_export import check_file, open_session
+from edgecompress.export.preprocessing_graph import PREFIX, describe_signature, embed_preprocessing, input_form
+from edgecompress.measure.integer_graph import inspect_integer_graph
+from edgecompress.settings.target import load_target
 from int8_models import CLASSES, PREPROCESSING, SIZE, Residual, export, quantized, seeded
 
 SIDE = 24

@@ -12,14 +12,15 @@ import pytest
 from onnx import TensorProto, helper
 
 from conftest import CommandLine
-from edgecompress import explanation, machine, profiling
+from edgecompress import machine
 from edgecompress.errors import ModelError
-from edgecompress.explanation import LATENCY_ALONE
-from edgecompress.measuring import FreshMeasurement, LatencyMeasurement
-from edgecompress.model_files import name_files, open_files, parse_shapes
-from edgecompress.profile_files import profile_files
-from edgecompress.profile_text import budget_lines, files_table
-from edgecompress.target import Target
+from edgecompress.measure import explanation, profiling
+from edgecompress.measure.explanation import LATENCY_ALONE
+from edgecompress.measure.measuring import FreshMeasurement, LatencyMeasurement
+from edgecompress.measure.model_files import name_files, open_files, parse_shapes
+from edgecompress.report.profile_text import budget_lines, files_table
+from edgecompress.settings.target import Target
+from edgecompress.steps.profile_files import profile_files
 from onnx_models import quantized, residual_net, residual_net_macs, save
 
 needs_target = pytest.mark.skipif(

@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from edgecompress import machine, profiling
+from edgecompress import machine
 from edgecompress.errors import ProfileError
-from edgecompress.measuring import FreshMeasurement, LatencyMeasurement
-from edgecompress.profiling import profile_models
-from edgecompress.target import Target
+from edgecompress.measure import profiling
+from edgecompress.measure.measuring import FreshMeasurement, LatencyMeasurement
+from edgecompress.measure.profiling import profile_models
+from edgecompress.settings.target import Target
 from onnx_models import quantized, residual_net, residual_net_macs
 
 TIMING = ("latency_ms", "throughput_per_s", "load_ms", "first_inference_ms", "peak_rss_bytes")

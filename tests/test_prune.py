@@ -8,12 +8,12 @@ import torch
 import torchvision
 from torch import nn
 
-from edgecompress.channel_groups import ChannelGroups, protected_layers, replay_cuts
-from edgecompress.channel_importance import scores
-from edgecompress.complexity import measure_complexity, weight_layers
 from edgecompress.errors import ConfigurationError, PruningError
-from edgecompress.prune import ChannelPruner, reestimate_batch_norm
-from edgecompress.prune_settings import PruneStage
+from edgecompress.models.channel_groups import ChannelGroups, protected_layers, replay_cuts
+from edgecompress.models.complexity import measure_complexity, weight_layers
+from edgecompress.pruning.channel_importance import scores
+from edgecompress.pruning.prune import ChannelPruner, reestimate_batch_norm
+from edgecompress.settings.prune_settings import PruneStage
 from small_models import TinyNet, images, tiny_net
 
 

@@ -11,10 +11,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from edgecompress import pipeline, prune_stages
-from edgecompress.checkpoint import load_checkpoint
+from edgecompress import pipeline
 from edgecompress.errors import PruningError, TrainingError
-from edgecompress.models import build
+from edgecompress.models.checkpoint import load_checkpoint
+from edgecompress.models.model_building import build
+from edgecompress.stages import prune_stages
 from small_models import images, small_architecture
 
 pytestmark = pytest.mark.slow

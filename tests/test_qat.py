@@ -14,7 +14,7 @@ from edgecompress.int8.post_training import quantize
 from edgecompress.int8.qat import TrainableInt8, _RoundToStep
 from edgecompress.int8.quantized_model import QuantizedModel
 from edgecompress.int8.scheme import Scheme
-from edgecompress.recipe import QatStage, QuantizeStage, load_recipe
+from edgecompress.settings.recipe import QatStage, QuantizeStage, load_recipe
 from small_models import images, tiny_net
 
 

@@ -21,7 +21,7 @@ from edgecompress.errors import QuantizationError, RunError
 from edgecompress.int8.capture import capture
 from edgecompress.int8.quantized_model import QuantizedModel, load_quantized, save_quantized
 from edgecompress.int8.scheme import Scheme, resolve_scheme
-from edgecompress.target import Int8Scheme, load_target
+from edgecompress.settings.target import Int8Scheme, load_target
 from int8_models import UINT8_7, HardSwish, Residual, Shared, conv, export, images, quantized, seeded, stage
 
 METHODS = ["minmax", "histogram", "percentile"]

@@ -17,8 +17,8 @@ from torch.nn import functional
 from edgecompress.errors import ConfigurationError
 from edgecompress.int8.quantized_model import QuantizedModel
 from edgecompress.int8.scheme import Scheme
-from edgecompress.integer_graph import inspect_integer_graph
 from edgecompress.machine import architecture, has_vnni
+from edgecompress.measure.integer_graph import inspect_integer_graph
 from int8_models import (
     CLASSES,
     PATTERNS,

@@ -5,15 +5,14 @@ from typing import Any
 import pytest
 from torch import nn
 
-from edgecompress.complexity import measure_complexity
+from edgecompress.data.preprocessing import Preprocessing
 from edgecompress.errors import ConfigurationError, PruningError
-from edgecompress.latency_trial import LatencyShare, latency_trials
-from edgecompress.machine import own_target
-from edgecompress.preprocessing import Preprocessing
-from edgecompress.prune import ChannelPruner
-from edgecompress.prune_settings import PruneStage
-from edgecompress.ratio_search import RatioSearch
-from edgecompress.target import load_target
+from edgecompress.measure.latency_trial import LatencyShare, latency_trials
+from edgecompress.models.complexity import measure_complexity
+from edgecompress.pruning.prune import ChannelPruner
+from edgecompress.pruning.ratio_search import RatioSearch
+from edgecompress.settings.prune_settings import PruneStage
+from edgecompress.settings.target import load_target, own_target
 from small_models import images, tiny_net
 
 

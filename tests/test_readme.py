@@ -11,8 +11,8 @@ import yaml
 from typer.testing import CliRunner
 
 from edgecompress.cli import app
-from edgecompress.configuration import validate
-from edgecompress.recipe import Recipe
+from edgecompress.settings.configuration import validate
+from edgecompress.settings.recipe import Recipe
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -24,10 +24,16 @@ def _blocks(language: str) -> list[str]:
 
 def test_the_tree_names_every_module_and_no_other() -> None:
     (tree,) = [block for block in _blocks("text") if "edgecompress/" in block and "errors.py" in block]
-    listed = set(re.findall(r"^ *([\w/]+\.py)\b", tree, flags=re.MULTILINE))
+    rooms, listed = [""], set()
+    for indent, name in re.findall(r"^( *)([\w/]+\.py|\w+/) ", tree.partition("\nrecipes/")[0], flags=re.MULTILINE):
+        rooms = rooms[: len(indent) // 2]
+        if name.endswith("/"):
+            rooms.append(name)
+        else:
+            listed.add("".join(rooms[1:]) + name)
     package = ROOT / "edgecompress"
     present = {path.relative_to(package).as_posix() for path in package.rglob("*.py") if not path.stem.startswith("__")}
-    assert {name.rpartition("/")[2] for name in listed} == {name.rpartition("/")[2] for name in present}
+    assert listed == present
 
 
 def test_every_edgecompress_command_parses() -> None:

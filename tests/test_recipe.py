@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from edgecompress.configuration import validate
 from edgecompress.errors import ConfigurationError
-from edgecompress.prune_settings import PruneStage
-from edgecompress.recipe import QuantizeStage, Recipe, find_recipe, load_recipe
+from edgecompress.settings.configuration import validate
+from edgecompress.settings.prune_settings import PruneStage
+from edgecompress.settings.recipe import QuantizeStage, Recipe, find_recipe, load_recipe
 from edgecompress.shipped import shipped_files
 
 TRAIN = {"id": "dense", "kind": "train"}

@@ -23,12 +23,13 @@ import pytest
 
 from bundle_runs import here, small_run
 from conftest import CommandLine
-from edgecompress import pipeline, remote
-from edgecompress.bench_results import measured_elsewhere, read_bench
-from edgecompress.bundle import fill_folder, write_bundle
+from edgecompress import pipeline
+from edgecompress.deploy import remote
+from edgecompress.deploy.bench_results import measured_elsewhere, read_bench
+from edgecompress.deploy.bundle import fill_folder, write_bundle
+from edgecompress.deploy.remote import Host, RemoteResults, measure_on
 from edgecompress.device import attendant
 from edgecompress.errors import ConfigurationError, EdgeCompressError, ProfileError
-from edgecompress.remote import Host, RemoteResults, measure_on
 from edgecompress.run_directory import Json, RunDirectory, write_json
 
 SSHD = shutil.which("sshd", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/usr/local/sbin")

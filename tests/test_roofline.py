@@ -8,8 +8,8 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 
-from edgecompress import roofline
-from edgecompress.roofline import CEILINGS, measure_peaks, model_share
+from edgecompress.measure import roofline
+from edgecompress.measure.roofline import CEILINGS, measure_peaks, model_share
 
 PEAKS = {
     "threads": {

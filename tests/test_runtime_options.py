@@ -8,11 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from edgecompress import runtime_options
 from edgecompress.errors import ConfigurationError, ProfileError
-from edgecompress.measuring import LatencyMeasurement
-from edgecompress.profile_text import options_sentence
-from edgecompress.runtime_options import (
+from edgecompress.measure import runtime_options
+from edgecompress.measure.measuring import LatencyMeasurement
+from edgecompress.measure.runtime_options import (
     CPU,
     CPU_SIDE,
     compare_providers,
@@ -21,6 +20,7 @@ from edgecompress.runtime_options import (
     python_settings,
     sweep_options,
 )
+from edgecompress.report.profile_text import options_sentence
 from onnx_models import residual_net
 
 SWEEP: dict[str, Any] = {"threads": 1, "cores": 2, "providers": (CPU,), "input_npy": None, "seconds": 1.0}

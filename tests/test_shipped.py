@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from edgecompress import shipped
-from edgecompress.recipe import load_recipe
-from edgecompress.target import load_target
+from edgecompress.settings.recipe import load_recipe
+from edgecompress.settings.target import load_target
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = shipped.shipped_files("recipes")

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from edgecompress.errors import ProfileError
-from edgecompress.statistics import (
+from edgecompress.measure.statistics import (
     hierarchical_bootstrap_ratio,
     percentile_interval,
     student_t_quantile,

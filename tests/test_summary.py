@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from rich.console import Console
 from rich.table import Table
 
-from edgecompress import cli_output, summary
+from edgecompress.commands import cli_output
 from edgecompress.pipeline import Outcome
+from edgecompress.report import summary
 from edgecompress.run_directory import RunDirectory
 
 MANIFEST: dict[str, Any] = {

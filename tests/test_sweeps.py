@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from edgecompress import sweeps
 from edgecompress.errors import ConfigurationError
-from edgecompress.measuring import LatencyMeasurement
-from edgecompress.profile_text import scaling_rows
-from edgecompress.sweeps import parse_sweeps, sweep, thread_counts
+from edgecompress.measure import sweeps
+from edgecompress.measure.measuring import LatencyMeasurement
+from edgecompress.measure.sweeps import parse_sweeps, sweep, thread_counts
+from edgecompress.report.profile_text import scaling_rows
 
 
 def invented(monkeypatch: pytest.MonkeyPatch) -> None:

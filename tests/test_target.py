@@ -11,12 +11,12 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
-from edgecompress import onnx_versions
-from edgecompress.configuration import validate
 from edgecompress.errors import ConfigurationError
 from edgecompress.machine import RELEVANT_FEATURES
+from edgecompress.settings import onnx_versions
+from edgecompress.settings.configuration import validate
+from edgecompress.settings.target import Target, load_target
 from edgecompress.shipped import shipped_files
-from edgecompress.target import Target, load_target
 
 DOCUMENT = (Path(__file__).resolve().parent.parent / "docs" / "targets.md").read_text(encoding="utf-8")
 

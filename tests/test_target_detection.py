@@ -10,12 +10,12 @@ from typer.testing import CliRunner
 
 from edgecompress import machine
 from edgecompress.cli import app
-from edgecompress.configuration import parse_yaml, validate
 from edgecompress.errors import ConfigurationError
 from edgecompress.machine import fits, has_vnni
-from edgecompress.profiling import not_at_hand
-from edgecompress.target import Target, load_target
-from edgecompress.target_detection import cache_bytes, detected_target
+from edgecompress.measure.profiling import not_at_hand
+from edgecompress.settings.configuration import parse_yaml, validate
+from edgecompress.settings.target import Target, load_target
+from edgecompress.settings.target_detection import cache_bytes, detected_target
 from test_machine import ARM, write
 
 CACHE = "sys/devices/system/cpu/cpu0/cache/"

@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from edgecompress.data.images import ArrayItems, ImageSplit, PreparedSplit
+from edgecompress.data.preprocessing import Preprocessing
 from edgecompress.errors import ModelError, TrainingError
-from edgecompress.images import ArrayItems, ImageSplit, PreparedSplit
-from edgecompress.preprocessing import Preprocessing
-from edgecompress.teacher import FrozenTeacher, TeacherView
+from edgecompress.training.teacher import FrozenTeacher, TeacherView
 
 
 class _Recorder(nn.Module):

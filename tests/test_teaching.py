@@ -11,15 +11,15 @@ import torch
 from torch import Tensor
 
 from conftest import CommandLine
-from edgecompress.checkpoint import Checkpoint, example_input
 from edgecompress.errors import ConfigurationError
-from edgecompress.models import build
-from edgecompress.nets import resnet8
-from edgecompress.recipe import TrainingSettings, load_recipe
-from edgecompress.teacher_settings import TeacherSettings
-from edgecompress.teaching import teaching_loss
-from edgecompress.training import fit
-from edgecompress.training_state import PhaseState, Progress
+from edgecompress.models.checkpoint import Checkpoint, example_input
+from edgecompress.models.model_building import build
+from edgecompress.models.nets import resnet8
+from edgecompress.settings.recipe import TrainingSettings, load_recipe
+from edgecompress.settings.teacher_settings import TeacherSettings
+from edgecompress.training.teaching import teaching_loss
+from edgecompress.training.training_loop import fit
+from edgecompress.training.training_state import PhaseState, Progress
 from small_models import digits_data, small_architecture
 
 TEACHER = {"kind": "train", "id": "teacher", "epochs": 1, "warmup_epochs": 0, "batch_size": 128}

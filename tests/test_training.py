@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from edgecompress.data import PreparedSplit
-from edgecompress.distill import LossFunction, TrainingBatch, label_loss
+from edgecompress.data.run_data import PreparedSplit
 from edgecompress.errors import TrainingError
-from edgecompress.models import build
-from edgecompress.precision import resolve_precision
-from edgecompress.training import EpochRecord, FitResult, fit
-from edgecompress.training_settings import TrainingSettings
+from edgecompress.models.model_building import build
+from edgecompress.settings.training_settings import TrainingSettings
+from edgecompress.training.distill import LossFunction, TrainingBatch, label_loss
+from edgecompress.training.precision import resolve_precision
+from edgecompress.training.training_loop import EpochRecord, FitResult, fit
 from small_models import digits_splits, small_architecture
 
 pytestmark = pytest.mark.slow
@@ -94,7 +94,7 @@ def test_precision_names() -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the rule is for CPUs")
 @pytest.mark.parametrize(("name", "expected"), [("resnet8", "bf16"), ("mobilenet_small", "no")])
 def test_auto_keeps_depthwise_nets_in_fp32(monkeypatch: pytest.MonkeyPatch, name: str, expected: str) -> None:
-    monkeypatch.setattr("edgecompress.precision.isa_features", lambda: ("avx512_bf16",))
+    monkeypatch.setattr("edgecompress.training.precision.isa_features", lambda: ("avx512_bf16",))
     assert resolve_precision("auto", build(small_architecture(name))) == expected
 
 

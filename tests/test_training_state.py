@@ -14,13 +14,13 @@ import yaml
 from torch import Tensor, nn
 
 from edgecompress import pipeline
-from edgecompress.data import PreparedSplit
-from edgecompress.distill import TrainingBatch, label_loss
+from edgecompress.data.run_data import PreparedSplit
 from edgecompress.errors import RunError
-from edgecompress.models import build
-from edgecompress.training import EpochRecord, FitResult, fit
-from edgecompress.training_settings import TrainingSettings
-from edgecompress.training_state import PhaseState, Progress, State
+from edgecompress.models.model_building import build
+from edgecompress.settings.training_settings import TrainingSettings
+from edgecompress.training.distill import TrainingBatch, label_loss
+from edgecompress.training.training_loop import EpochRecord, FitResult, fit
+from edgecompress.training.training_state import PhaseState, Progress, State
 from small_models import digits_splits, small_architecture
 
 _EVERYTHING = {

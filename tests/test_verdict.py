@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from edgecompress.target import Target
-from edgecompress.verdict import Verdict, decide
+from edgecompress.measure.verdict import Verdict, decide
+from edgecompress.settings.target import Target
 
 
 def profile(

@@ -16,11 +16,11 @@ import pytest
 
 from bundle_runs import here, small_run
 from conftest import CommandLine
-from edgecompress import archive
-from edgecompress.bundle import pack, write_bundle
+from edgecompress.deploy import archive
+from edgecompress.deploy.bundle import pack, write_bundle
+from edgecompress.deploy.verify import verify
 from edgecompress.errors import RunError
 from edgecompress.run_directory import sha256_of, write_json
-from edgecompress.verify import verify
 
 
 @pytest.fixture(scope="module")

@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import nn
 
-from edgecompress.complexity import weight_sparsity
-from edgecompress.distill import TrainingBatch, label_loss
 from edgecompress.errors import ConfigurationError, PruningError
-from edgecompress.prune_settings import PruneStage
-from edgecompress.weight_masks import WeightMasks, pattern_mask
+from edgecompress.models.complexity import weight_sparsity
+from edgecompress.pruning.weight_masks import WeightMasks, pattern_mask
+from edgecompress.settings.prune_settings import PruneStage
+from edgecompress.training.distill import TrainingBatch, label_loss
 from small_models import images, tiny_net
 
 

@@ -15,7 +15,7 @@ import yaml
 from accelerate import Accelerator
 from safetensors.torch import load_file
 
-from edgecompress.workers import Workers
+from edgecompress.training.workers import Workers
 
 _RECIPE = {
     "name": "shared",

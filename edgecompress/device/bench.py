@@ -7,7 +7,7 @@
 
 What enters: the bundle's folder, which is the one that this file stands in. What leaves: bench.json with every latency
 as it was measured, which `edgecompress profile RUN --target T --results bench.json` judges. Needs Python 3.9 or newer,
-numpy and onnxruntime. The measuring is the tool's own (edgecompress/measuring.py and what it imports), unchanged.
+numpy and onnxruntime. The measuring is the tool's own, unchanged (edgecompress/measure/measuring.py).
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ if __name__ == "__main__":
     os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
 
 from edgecompress import console
-from edgecompress.answers import Answers
 from edgecompress.errors import EdgeCompressError
 from edgecompress.machine import describe_machine, summarize_machine
-from edgecompress.measuring import (
+from edgecompress.measure.answers import Answers
+from edgecompress.measure.measuring import (
     STANDARD,
     THOROUGHNESS,
     FreshMeasurement,

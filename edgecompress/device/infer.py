@@ -78,7 +78,7 @@ def read_image(path: Path, channels: int) -> np.ndarray[Any, Any]:
             f"{path}: decoding it needs Pillow: {sys.executable} -m pip install pillow; "
             "or give the pixels as a .npy file, uint8 [height, width, channels]"
         ) from error
-    from edgecompress.preprocessing import to_mode
+    from edgecompress.data.preprocessing import to_mode
 
     try:
         with Image.open(path) as image:
@@ -156,7 +156,7 @@ def _prepared(pixels: np.ndarray[Any, Any], wanted: Json) -> np.ndarray[Any, Any
             f"the image has {list(pixels.shape)} pixels, and resizing it needs Pillow: "
             f"{sys.executable} -m pip install pillow; or use a bundle with the preprocessing inside"
         ) from error
-    from edgecompress.preprocessing import Preprocessing
+    from edgecompress.data.preprocessing import Preprocessing
 
     image = Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
     return Preprocessing.from_dict(wanted).prepare(image)

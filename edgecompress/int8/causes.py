@@ -18,7 +18,7 @@ from torchao.quantization.pt2e.observer import MinMaxObserver
 
 from edgecompress.int8.mixed import MixedModel, constant_of, module_name
 from edgecompress.int8.quantizer import OnnxRuntimeQuantizer
-from edgecompress.recipe import QuantizeStage
+from edgecompress.settings.recipe import QuantizeStage
 
 Json = dict[str, Any]
 

@@ -33,7 +33,7 @@ from edgecompress.int8.grids import METHODS, Grid, Rounders, observe_grids
 from edgecompress.int8.histogram import Range
 from edgecompress.int8.mixed import MixedModel, Setting, decibels, module_name, noise
 from edgecompress.int8.sensitivity import LayerSensitivity, Sensitivity
-from edgecompress.recipe import QuantizeStage
+from edgecompress.settings.recipe import QuantizeStage
 
 Json = dict[str, Any]
 

@@ -27,7 +27,7 @@ from edgecompress.int8.finetuning import finetune
 from edgecompress.int8.quantized_model import QuantizedModel, simulate
 from edgecompress.int8.quantizer import OnnxRuntimeQuantizer, module_name
 from edgecompress.int8.scheme import Scheme
-from edgecompress.recipe import QuantizeStage
+from edgecompress.settings.recipe import QuantizeStage
 
 _COMPENSATION_IMAGES = 96  # enough that a classifier's Hessian is not singular
 _HELD_OUT_IMAGES = 32

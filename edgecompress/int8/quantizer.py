@@ -28,10 +28,10 @@ from torchao.quantization.pt2e.quantizer import (
     SharedQuantizationSpec,
 )
 
-from edgecompress.configuration import did_you_mean
 from edgecompress.errors import ConfigurationError
 from edgecompress.int8.decompose import decompose_activations, flatten_linears
 from edgecompress.int8.scheme import Scheme
+from edgecompress.settings.configuration import did_you_mean
 
 _ANNOTATION = "quantization_annotation"
 aten = torch.ops.aten

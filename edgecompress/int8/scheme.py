@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from edgecompress.machine import has_vnni
-from edgecompress.recipe import QuantizeStage
-from edgecompress.target import Target
+from edgecompress.settings.recipe import QuantizeStage
+from edgecompress.settings.target import Target
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,121 @@
+"""How a command ends: its result on stdout, everything else on stderr, and the contract's exit code.
+
+What enters: the work of a command, as a function. What leaves: text or one JSON document, and the exit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import shlex
+import sys
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import typer
+
+from edgecompress import console
+from edgecompress.errors import EXIT_GATE_MISSED, EXIT_OK, EdgeCompressError
+
+if TYPE_CHECKING:
+    from edgecompress.pipeline import Outcome
+
+
+def finish(
+    work: Callable[[], Outcome],
+    document: Callable[[Outcome], Any],
+    as_json: bool,
+    no_gate: bool,
+    quiet: bool,
+    *,
+    explain: bool = False,
+) -> NoReturn:
+    """Do the work, print its result, and end with the contract's exit code.
+
+    With `explain` the terminal also shows where the time goes, which the report holds in any case.
+    """
+    console.set_quiet(quiet)
+    with reporting_errors(as_json):
+        silence_library_logs()
+        # Libraries below print to stdout now and then; it belongs to the result alone.
+        with contextlib.redirect_stdout(sys.stderr):
+            outcome = work()
+        if not outcome.is_first_process:
+            raise typer.Exit(EXIT_OK)
+        if as_json:
+            print_json(document(outcome))
+        else:
+            print_outcome(outcome, explain=explain)
+        missed = outcome.missed and not no_gate
+        raise typer.Exit(EXIT_GATE_MISSED if missed else EXIT_OK)
+
+
+@contextlib.contextmanager
+def reporting_errors(as_json: bool) -> Iterator[None]:
+    """Within the block, an error of the tool becomes one message and its exit code."""
+    try:
+        yield
+    except EdgeCompressError as error:
+        _fail(str(error), error.exit_code, as_json)
+    except KeyboardInterrupt:
+        _fail("interrupted", 130, as_json)
+
+
+def _fail(message: str, exit_code: int, as_json: bool) -> NoReturn:
+    if as_json:
+        print_json({"error": message, "exit_code": exit_code})
+    else:
+        console.error(message)
+    raise typer.Exit(exit_code)
+
+
+def print_json(document: Any) -> None:
+    """One JSON document on stdout."""
+    from edgecompress.run_directory import to_json
+
+    typer.echo(to_json(document), nl=False)
+
+
+def print_rows(rows: list[dict[str, str]]) -> None:
+    """Names and descriptions, a line each."""
+    width = max((len(row["name"]) for row in rows), default=0)
+    for row in rows:
+        typer.echo(f"{row['name']:<{width}}  {row['description']}")
+
+
+def print_outcome(outcome: Outcome, *, explain: bool = False) -> None:
+    """What a command did, for people: what is bad first, then the tables, then where everything is."""
+    from rich.console import Console
+
+    from edgecompress.report.profile_text import explanation_tables
+    from edgecompress.report.summary import models_table, slower_sentences, stages_table, verdict_text
+
+    stdout = Console(highlight=False, emoji=False)
+    for sentence in slower_sentences(outcome.manifest, outcome.profiles.values()):
+        stdout.print(sentence, markup=False, soft_wrap=True, style="bold red")
+    for text in outcome.manifest.get("notes", []):
+        console.note(f"note: {text}")
+    stdout.print(stages_table(outcome.manifest))
+    for document in outcome.profiles.values():
+        stdout.print(models_table(document))
+    for document in outcome.profiles.values():
+        for table in explanation_tables(document) if explain else ():
+            stdout.print(table, soft_wrap=True)
+        stdout.print(verdict_text(document), markup=False, soft_wrap=True)
+    if outcome.missed and not outcome.profiles:
+        for sentence in outcome.missed:
+            stdout.print(f"gate missed: {sentence}", markup=False, soft_wrap=True)
+    for paths in outcome.reports.values():
+        stdout.print(f"report: {paths.html}", markup=False, soft_wrap=True)
+    stdout.print(f"run:    {outcome.run.path}", markup=False, soft_wrap=True)
+
+
+def command_line() -> str:
+    """The command as it was given, so that the run can be made again."""
+    return shlex.join(["edgecompress", *sys.argv[1:]])
+
+
+def silence_library_logs() -> None:
+    """torch and torchao log notes about their own internals as warnings; they are not about the user's model."""
+    for name in ("torch.utils._pytree", "torch.onnx", "torch.export", "torchao", "onnxscript"):
+        logging.getLogger(name).setLevel(logging.ERROR)

@@ -1,0 +1,1 @@
+"""What goes to the device and comes back: bundles, their proof, devices over SSH."""

@@ -1,0 +1,107 @@
+"""What bench.py measured on a device, read back: checked against the run's files and the target, ready to be judged.
+
+What enters: the content of bench.json. What leaves: an `Elsewhere` for the profile. Latencies of other files, or of a
+machine that is not the target, are refused: they would stand in a report under the wrong name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import onnx
+
+from edgecompress.data.preprocessing import Preprocessing
+from edgecompress.device.bench import KIND, SCHEMA_VERSION
+from edgecompress.errors import ConfigurationError
+from edgecompress.export.preprocessing_graph import PIXEL_FORM, embed_preprocessing, input_form
+from edgecompress.machine import mismatches
+from edgecompress.measure.measuring import FreshMeasurement, LatencyMeasurement
+from edgecompress.measure.profiling import Elsewhere
+from edgecompress.run_directory import Json, sha256_of
+from edgecompress.settings.target import Target
+
+
+def read_bench(path: Path) -> Json:
+    """The content of a bench.json. Raises ConfigurationError when it is none."""
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigurationError(f"--results {path}: cannot be read: {error}") from error
+    if not isinstance(document, dict) or document.get("kind") != KIND:
+        raise ConfigurationError(f"--results {path}: was not written by a bundle's bench.py")
+    if document.get("schema_version") != SCHEMA_VERSION:
+        raise ConfigurationError(
+            f"--results {path}: schema_version {document.get('schema_version')!r}, this edgecompress reads "
+            f"{SCHEMA_VERSION}; use the version that made the bundle"
+        )
+    return document
+
+
+def measured_elsewhere(bench: Json, models: Mapping[str, Path], target: Target, *, place: str) -> Elsewhere:
+    """Check a bench.json against the exported `models` and the target. Raises ConfigurationError.
+
+    Models that were not measured there are an error too, but for the baseline, which a bundle does not hold.
+    """
+    try:
+        measured = {name: str(facts["sha256"]) for name, facts in bench["models"].items()}
+        elsewhere = Elsewhere(
+            place=place,
+            machine=dict(bench["machine"]),
+            versions={name: str(bench["versions"][name]) for name in ("numpy", "onnxruntime")},
+            threads=int(bench["threads"]),
+            fresh={name: FreshMeasurement(**bench["fresh"][name]) for name in measured},
+            latency=LatencyMeasurement.from_dict(bench["latency"]),
+            notes=_notes(measured, models, place),
+        )
+        reasons = mismatches(target, elsewhere.machine, place=place)
+        complete = set(elsewhere.latency.windows_ms) == set(measured)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ConfigurationError(f"{place}: the results are damaged: {error!r}; measure again") from error
+    if not complete:
+        raise ConfigurationError(f"{place}: the results are damaged: not every model has latencies; measure again")
+    if reasons:
+        raise ConfigurationError(f"{'; '.join(reasons)}; name the target that describes {place}")
+    if bench.get("session") != target.session_settings() or bench.get("providers") != list(target.providers):
+        raise ConfigurationError(
+            f"{place}: measured with other providers or session options than target {target.name} says; bundle the run "
+            "again for this target, and measure that"
+        )
+    if elsewhere.threads != target.threads:
+        raise ConfigurationError(
+            f"{place}: measured with {elsewhere.threads} threads, target {target.name} says {target.threads}"
+        )
+    return elsewhere
+
+
+def _notes(measured: Mapping[str, str], models: Mapping[str, Path], place: str) -> tuple[str, ...]:
+    """What must be said of the files that were measured. Raises ConfigurationError when they are not the run's."""
+    inside = []
+    for name, path in models.items():
+        if name not in measured:
+            if name == "baseline":
+                continue
+            raise ConfigurationError(f"{place}: the results hold no {name}; bundle the run again and measure it")
+        if measured[name] == sha256_of(path):
+            continue
+        if measured[name] != _sha256_with_preprocessing(path):
+            raise ConfigurationError(
+                f"{place}: the {name} model that was measured is not this run's {path}; bundle the run again, and "
+                "measure that"
+            )
+        inside.append(name)
+    extra = ["Measured with the preprocessing inside the models."] if inside else []
+    lost = ["The baseline was not measured: a bundle does not hold it."] if set(models) - set(measured) else []
+    return (*extra, *lost)
+
+
+def _sha256_with_preprocessing(path: Path) -> str | None:
+    """The hash of the same model as a bundle ships it."""
+    model = onnx.load(str(path))
+    described = {entry.key: entry.value for entry in model.metadata_props}.get("edgecompress.preprocessing")
+    if described is None or input_form(model) == PIXEL_FORM:
+        return None
+    made = embed_preprocessing(model, Preprocessing.from_dict(json.loads(described)))
+    return hashlib.sha256(made.SerializeToString()).hexdigest()

@@ -1,0 +1,1 @@
+"""PyTorch in, ONNX out, with the proof that both answer alike."""

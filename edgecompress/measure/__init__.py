@@ -1,0 +1,1 @@
+"""ONNX files in, measurements out: latency with intervals, memory, operators, the verdict."""

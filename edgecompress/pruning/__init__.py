@@ -1,0 +1,1 @@
+"""Which channels or weights go: scores, ratios to reach, and what each group is worth."""

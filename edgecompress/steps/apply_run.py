@@ -1,0 +1,414 @@
+"""`apply`: a recipe's stages, one after the other, into a run directory.
+
+What enters: a recipe, a target for its int8 scheme and channel multiple, a run directory. What leaves: one
+folder per stage and a manifest that is true after every stage, so that a run that stops can go on.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from edgecompress import console
+from edgecompress.data.run_data import ImageData, calibration_indices, open_data
+from edgecompress.errors import RunError
+from edgecompress.int8.placement_trial import HeldOut
+from edgecompress.int8.post_training import quantize
+from edgecompress.int8.quantized_model import QuantizedModel, save_quantized
+from edgecompress.int8.scheme import Scheme, resolve_scheme
+from edgecompress.machine import describe_machine, versions
+from edgecompress.models.checkpoint import Checkpoint, describe, example_input, load_checkpoint, save_checkpoint
+from edgecompress.models.model_building import CreatedModel, copy_of, create_model
+from edgecompress.run_directory import SCHEMA_VERSION, Json, RunDirectory, write_json
+from edgecompress.settings.factorize_settings import FactorizeStage
+from edgecompress.settings.gates import Gate, accuracy_gate, record_gates, speed_gate
+from edgecompress.settings.prune_settings import PruneStage
+from edgecompress.settings.recipe import DistillStage, QatStage, QuantizeStage, Recipe, TrainStage
+from edgecompress.settings.target import Target, own_target
+from edgecompress.settings.training_settings import TrainingSettings
+from edgecompress.stages.factorize_stage import factorize_stage
+from edgecompress.stages.prune_stages import prune_stage
+from edgecompress.stages.train_stages import PreparedSplits, qat_stage, run_stage
+from edgecompress.steps.placement_run import Placed, confirmed, held_out, limits_of, place, with_float_layers
+from edgecompress.steps.run_state import (
+    INITIAL,
+    cost_entry,
+    decision_of,
+    evaluation_entry,
+    last_float_id,
+    recipe_document,
+    record_decision,
+    require_same_data,
+    save_logits,
+    seed_everything,
+)
+from edgecompress.steps.training_context import training_context
+from edgecompress.training import workers
+from edgecompress.training.evaluate import collect_logits
+from edgecompress.training.training_state import Progress
+
+
+def start_manifest(recipe: Recipe, *, source: str, overrides: list[str], targets: list[str], command: str) -> Json:
+    """The manifest of a run that has not begun a stage."""
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "edgecompress_version": versions().get("edgecompress"),
+        "recipe_name": recipe.name,
+        "recipe": recipe_document(recipe),
+        "recipe_source": source,
+        "overrides": overrides,
+        "targets": targets,
+        "command": command,
+        "seed": recipe.seed,
+        "status": "running",
+        "started_at": _now(),
+        "finished_at": None,
+        "versions": versions(),
+        "machine": describe_machine(),
+        "notes": [],
+        "stages": [
+            {"id": stage.id, "kind": stage.kind, "status": "pending"}
+            for stage in (*recipe.stages, *(() if _has_quantize(recipe) else (recipe.quantize_stage,)))
+        ],
+        "decisions": [],
+        "gates": [],
+        "artifacts": {},
+    }
+
+
+def _has_quantize(recipe: Recipe) -> bool:
+    return isinstance(recipe.stages[-1], QuantizeStage)
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def apply_recipe(recipe: Recipe, run: RunDirectory, target: Target | None) -> Json:
+    """Run every stage that is not complete yet; returns the manifest. `target` None means the machine at hand."""
+    data = open_data(recipe.data)
+    manifest = run.read_manifest()
+    if "data" in manifest:
+        require_same_data(manifest, data)
+    trains = any(isinstance(stage, TrainingSettings) for stage in recipe.stages)
+    splits = PreparedSplits(data, cache=trains)
+    current, data = _initial_model(recipe, run, data, splits)
+    console.note(f"run directory: {run.path}")
+    earlier: dict[str, Checkpoint] = {}
+    for stage in (*recipe.stages, *(() if _has_quantize(recipe) else (recipe.quantize_stage,))):
+        if isinstance(stage, QuantizeStage) and workers.rank() != 0:
+            break  # calibrated and placed by measuring: the first process alone does that
+        entry = _entry(run.read_manifest(), stage.id)
+        if entry["status"] == "complete":
+            console.note(f"stage {stage.id}: complete, kept")
+            if not isinstance(stage, QuantizeStage):
+                current = load_checkpoint(run.stage(stage.id))
+                earlier[stage.id] = current
+            continue
+        _update_entry(run, stage.id, {"status": "running", "started_at": _now()})
+        started = time.perf_counter()
+        try:
+            seed_everything(recipe.seed)
+            if isinstance(stage, QuantizeStage):
+                facts = _quantize(recipe, stage, run, current, data, splits, target)
+            else:
+                current, facts = _train(recipe, stage, run, current, data, splits, target, earlier)
+                earlier[stage.id] = current
+        except BaseException as error:
+            _update_entry(run, stage.id, {"status": "failed", "error": str(error) or type(error).__name__})
+            raise
+        facts |= {"status": "complete", "seconds": time.perf_counter() - started, "error": None}
+        write_json(run.stage(stage.id) / "result.json", {"id": stage.id, "kind": stage.kind, **facts})
+        _update_entry(run, stage.id, facts)
+        _progress(run, stage.id).clear()
+        if workers.rank() == 0:
+            console.note(
+                f"stage {stage.id}: accuracy {facts['accuracy']:.2%} ({facts['accuracy_split']}); {facts['summary']}"
+            )
+    if workers.rank() != 0:
+        return run.read_manifest()
+    return run.update_manifest(lambda m: _finish(m, recipe, run, target or own_target()))
+
+
+def _initial_model(
+    recipe: Recipe, run: RunDirectory, data: ImageData, splits: PreparedSplits
+) -> tuple[Checkpoint, ImageData]:
+    """Build the recipe's model; where weights come with it, evaluate it as the baseline."""
+    seed_everything(recipe.seed)
+    created = create_model(recipe.model, data)
+    data = data.with_num_classes(created.architecture.num_classes)
+    for text in created.notes:
+        console.warn(text)
+    checkpoint = Checkpoint(created.module.eval(), created.architecture)
+    notes = [*data.notes, *created.notes]
+    if not recipe.has_trained_weights:
+        text = "The model has random weights: its accuracy and parity mean nothing, only its speed and size do."
+        console.warn(text + " Give model.checkpoint or model.pretrained: true, or a train stage.")
+        notes.insert(0, text)
+    baseline: Json | None = run.read_manifest().get("baseline")
+    if not isinstance(recipe.stages[0], TrainStage) and baseline is None and workers.rank() == 0:
+        baseline = _evaluate_initial(run, checkpoint, data, splits)
+
+    def change(manifest: Json) -> None:
+        manifest["data"] = data.describe()
+        manifest["model"] = _describe_model(created)
+        manifest["notes"] = list(dict.fromkeys(notes))
+        if baseline is not None:
+            manifest["baseline"] = baseline
+
+    run.update_manifest(change)
+    return checkpoint, data
+
+
+def _describe_model(created: CreatedModel) -> Json:
+    return {
+        "name": created.architecture.name,
+        "weights": created.weights,
+        "num_classes": created.architecture.num_classes,
+        "preprocessing": created.architecture.preprocessing.to_dict(),
+        "notes": list(created.notes),
+    }
+
+
+def _evaluate_initial(run: RunDirectory, checkpoint: Checkpoint, data: ImageData, splits: PreparedSplits) -> Json:
+    save_checkpoint(checkpoint, run.stage(INITIAL))
+    facts = _evaluate(run, INITIAL, checkpoint, data, splits)
+    console.note(f"given model: accuracy {facts['accuracy']:.2%} ({facts['accuracy_split']})")
+    return {"id": INITIAL, **facts}
+
+
+def _evaluate(
+    run: RunDirectory, stage_id: str, checkpoint: Checkpoint, data: ImageData, splits: PreparedSplits
+) -> Json:
+    preprocessing = checkpoint.architecture.preprocessing
+    split = splits.get(data.report_split, preprocessing)
+    # A copy, since a layout stays: a later stage would compute other last bits than one that goes on from disk.
+    module = copy_of(checkpoint.module).to(memory_format=torch.channels_last)
+    logits = collect_logits(module, split, preprocessing, description=f"evaluating {stage_id}")
+    save_logits(run, stage_id, logits)
+    cost = cost_entry(run, checkpoint, stage_id, example_input(checkpoint.architecture))
+    return evaluation_entry(logits, split.labels, data.report_split) | cost
+
+
+def _train(
+    recipe: Recipe,
+    stage: TrainStage | DistillStage | PruneStage | FactorizeStage,
+    run: RunDirectory,
+    current: Checkpoint,
+    data: ImageData,
+    splits: PreparedSplits,
+    target: Target | None,
+    earlier: dict[str, Checkpoint],
+) -> tuple[Checkpoint, Json]:
+    labels: Json = {"stage": stage.id}
+    context = training_context(
+        recipe, run, data, splits, target, labels, earlier=earlier.__getitem__, progress=_progress(run, stage.id)
+    )
+    if isinstance(stage, PruneStage):
+        outcome = prune_stage(stage, current, context)
+    elif isinstance(stage, FactorizeStage):
+        outcome = factorize_stage(stage, current, context)
+    else:
+        outcome = run_stage(stage, current, context)
+    save_checkpoint(outcome.checkpoint, run.stage(stage.id))
+    if workers.rank() != 0:
+        return outcome.checkpoint, {}
+    facts = _evaluate(run, stage.id, outcome.checkpoint, data, splits)
+    return outcome.checkpoint, facts | {"epochs": outcome.epochs, "summary": outcome.summary}
+
+
+def _progress(run: RunDirectory, stage_id: str) -> Progress:
+    return Progress(run.stage(stage_id) / "progress")
+
+
+def quantize_for(
+    recipe: Recipe,
+    stage: QuantizeStage,
+    scheme: Scheme,
+    source: Checkpoint,
+    data: ImageData,
+    splits: PreparedSplits,
+) -> tuple[QuantizedModel, int]:
+    """Quantize a float checkpoint under a scheme; returns the int8 model and the number of calibration images."""
+    preprocessing = source.architecture.preprocessing
+    train = splits.get("train", preprocessing)
+    indices = torch.from_numpy(calibration_indices(train.labels.numpy(), stage.calibration.samples, recipe.seed))
+    size = stage.calibration.batch_size
+
+    def batches() -> Iterator[Tensor]:
+        for images, _ in train.batches(size, indices=indices):
+            yield preprocessing.normalize(images).contiguous(memory_format=torch.channels_last)
+
+    model = quantize(
+        source.module,
+        stage=stage,
+        scheme=scheme,
+        calibration=batches,
+        batches=-(-len(indices) // size),
+        example=example_input(source.architecture),
+    )
+    return model, len(indices)
+
+
+@dataclass(frozen=True)
+class _Int8:
+    """The int8 model in its placement, and what judged it; `images` None where the recipe asks for full int8."""
+
+    model: QuantizedModel
+    samples: int
+    placed: Placed
+    images: HeldOut | None = None
+    is_measured: bool = False
+
+
+def _placed_model(
+    recipe: Recipe,
+    stage: QuantizeStage,
+    scheme: Scheme,
+    run: RunDirectory,
+    current: Checkpoint,
+    data: ImageData,
+    splits: PreparedSplits,
+    target: Target | None,
+) -> _Int8:
+    """The int8 model in the placement that the recipe asks for, or that was decided on and recorded by measuring."""
+    decided = decision_of(run.read_manifest(), "placement")
+    if stage.placement == "full":
+        placed = Placed((), "the recipe asks for full int8")
+        run.update_manifest(lambda m: record_decision(m, "placement", placed.decision, placed.why))
+        model, samples = quantize_for(recipe, stage, scheme, current, data, splits)
+        return _Int8(model, samples, placed)
+    images = held_out(recipe, run, current, data, splits)
+    if decided is not None:
+        console.note(f"placement: as recorded ({decided['why']})")
+        facts = {key: value for key, value in decided["value"].items() if key not in ("form", "float_layers")}
+        placed = Placed(tuple(decided["value"]["float_layers"]), decided["why"], facts)
+    else:
+        model, samples = quantize_for(recipe, stage, scheme, current, data, splits)
+        placed = place(
+            model,
+            source=current,
+            stage=stage,
+            target=target or own_target(),
+            images=images,
+            limits=limits_of(recipe, stage),
+            folder=run.stage(stage.id),
+        )
+        run.update_manifest(lambda m: record_decision(m, "placement", placed.decision, placed.why))
+        console.note(f"placement: {placed.why}")
+        if not placed.float_layers:
+            return _Int8(model, samples, placed, images, is_measured=placed.facts["trials"] == 1)
+    model, samples = quantize_for(recipe, with_float_layers(stage, placed.float_layers), scheme, current, data, splits)
+    return _Int8(model, samples, placed, images)
+
+
+def _quantize(
+    recipe: Recipe,
+    stage: QuantizeStage,
+    run: RunDirectory,
+    current: Checkpoint,
+    data: ImageData,
+    splits: PreparedSplits,
+    target: Target | None,
+) -> Json:
+    scheme, why = resolve_scheme(stage, target)
+    made = _placed_model(recipe, stage, scheme, run, current, data, splits, target)
+    model, samples = made.model, made.samples
+    trained = None
+    if isinstance(stage, QatStage):
+        labels: Json = {"stage": stage.id}
+        context = training_context(recipe, run, data, splits, target, labels, progress=_progress(run, stage.id))
+        trained = qat_stage(stage, model, current, context)
+        (console.note if trained.is_trained else console.warn)(f"stage {stage.id}: {trained.summary}")
+        model = trained.model
+    if made.images is not None:
+        placed = confirmed(
+            made.placed,
+            model,
+            source=current,
+            target=target or own_target(),
+            images=made.images,
+            limits=limits_of(recipe, stage),
+            folder=run.stage(stage.id),
+            is_measured=made.is_measured and trained is None,
+        )
+        run.update_manifest(lambda m: record_decision(m, "placement", placed.decision, placed.why))
+    save_quantized(model, run.stage(stage.id), float_model=describe(current))
+    preprocessing = current.architecture.preprocessing
+    split = splits.get(data.report_split, preprocessing)
+    logits = collect_logits(model.simulation(), split, preprocessing, description=f"evaluating {stage.id}")
+    save_logits(run, stage.id, logits)
+    name = target.name if target else "this machine"
+    run.update_manifest(lambda m: record_decision(m, f"int8_scheme:{name}", scheme.to_dict(), why))
+    float_layers = f", {len(model.float_layers)} in float" if model.float_layers else ""
+    summary = (
+        f"{len(model.quantized_layers)} layers in int8{float_layers}; {scheme.activations} activations, "
+        f"{scheme.weight_bits}-bit weights per channel; {model.correction}; calibrated on {samples} images"
+    )
+    if samples < stage.calibration.samples:
+        summary += f" (all of train; {stage.calibration.samples} were asked for)"
+    facts: Json = {}
+    if trained is not None:
+        summary, facts = f"{trained.summary}; {summary}", {"qat": trained.facts, "epochs": trained.facts["epochs"]}
+    cost = cost_entry(run, current, stage.id, example_input(current.architecture))
+    return (
+        evaluation_entry(logits, split.labels, data.report_split)
+        | cost
+        | facts
+        | {"calibration_samples": samples, "scheme": scheme.to_dict(), "summary": summary}
+        | {"calibration": model.calibration.to_dict() if model.calibration else None}
+    )
+
+
+def _entry(manifest: Json, stage_id: str) -> Json:
+    for entry in manifest["stages"]:
+        if entry["id"] == stage_id:
+            return dict(entry)
+    raise RunError(f"run.json: no stage '{stage_id}'")
+
+
+def _update_entry(run: RunDirectory, stage_id: str, facts: dict[str, Any]) -> None:
+    def change(manifest: Json) -> None:
+        for entry in manifest["stages"]:
+            if entry["id"] == stage_id:
+                entry.update(facts)
+
+    run.update_manifest(change)
+
+
+def _finish(manifest: Json, recipe: Recipe, run: RunDirectory, target: Target) -> None:
+    """Baseline, gates and hashes, once every stage is complete."""
+    manifest.setdefault("baseline", {"id": manifest["stages"][0]["id"], **_costs(manifest["stages"][0])})
+    baseline = manifest["baseline"]
+    gates = []
+    if not recipe.has_trained_weights:
+        sentence = "The model has random weights; train it, or give model.checkpoint or model.pretrained."
+        gates.append(Gate("trained_weights", False, True, False, sentence, "apply"))
+    for stage_id in (last_float_id(recipe), recipe.quantize_stage.id):
+        if stage_id != baseline["id"]:
+            value = float(_entry(manifest, stage_id)["accuracy"])
+            gates.append(accuracy_gate(value, baseline, recipe.gates.max_accuracy_drop, stage_id))
+    record_gates(manifest, gates, step="apply")
+    record_gates(manifest, _speed_gates(manifest, target), step="apply", target=target.name)
+    manifest["artifacts"] = run.artifacts()
+
+
+def _speed_gates(manifest: Json, target: Target) -> list[Gate]:
+    """The gate on int8's speed where it was measured for this target and the interval decides it."""
+    decided = decision_of(manifest, "placement") or {"value": {}}
+    measured = decided["value"].get("final") or decided["value"]
+    if decided["value"].get("target") != target.name or measured.get("speedup") is None:
+        return []
+    gate = speed_gate(measured, target.name, target.budgets.min_int8_speedup)
+    return [gate] if gate is not None else []
+
+
+def _costs(entry: Json) -> Json:
+    keys = ("accuracy", "accuracy_split", "accuracy_ci95", "samples", "params", "macs", "sparsity", "size_bytes")
+    return {key: entry[key] for key in keys}
