@@ -6,11 +6,12 @@ What enters: the work of a command, as a function. What leaves: text or one JSON
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import shlex
 import sys
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import typer
 
@@ -19,6 +20,31 @@ from edgecompress.errors import EXIT_GATE_MISSED, EXIT_OK, EdgeCompressError
 
 if TYPE_CHECKING:
     from edgecompress.pipeline import Outcome
+
+Result = TypeVar("Result")
+
+
+def conclude(
+    work: Callable[[], Result],
+    *,
+    show: Callable[[Result], None],
+    document: Callable[[Result], Any] = lambda result: result,
+    exit_code: Callable[[Result], int] = lambda result: EXIT_OK,
+    as_json: bool,
+    quiet: bool,
+) -> NoReturn:
+    """Do the work, then print its result: one JSON document, or what `show` prints for people; and end."""
+    console.set_quiet(quiet)
+    with reporting_errors(as_json):
+        silence_library_logs()
+        # Libraries below print to stdout now and then; it belongs to the result alone.
+        with contextlib.redirect_stdout(sys.stderr):
+            result = work()
+        if as_json:
+            print_json(document(result))
+        else:
+            show(result)
+        raise typer.Exit(exit_code(result))
 
 
 def finish(
@@ -30,24 +56,25 @@ def finish(
     *,
     explain: bool = False,
 ) -> NoReturn:
-    """Do the work, print its result, and end with the contract's exit code.
+    """The same for what leaves a run; a process that only trained along prints nothing.
 
     With `explain` the terminal also shows where the time goes, which the report holds in any case.
     """
-    console.set_quiet(quiet)
-    with reporting_errors(as_json):
-        silence_library_logs()
-        # Libraries below print to stdout now and then; it belongs to the result alone.
-        with contextlib.redirect_stdout(sys.stderr):
-            outcome = work()
+
+    def work_alone() -> Outcome:
+        outcome = work()
         if not outcome.is_first_process:
             raise typer.Exit(EXIT_OK)
-        if as_json:
-            print_json(document(outcome))
-        else:
-            print_outcome(outcome, explain=explain)
-        missed = outcome.missed and not no_gate
-        raise typer.Exit(EXIT_GATE_MISSED if missed else EXIT_OK)
+        return outcome
+
+    conclude(
+        work_alone,
+        show=functools.partial(print_outcome, explain=explain),
+        document=document,
+        exit_code=lambda outcome: EXIT_GATE_MISSED if outcome.missed and not no_gate else EXIT_OK,
+        as_json=as_json,
+        quiet=quiet,
+    )
 
 
 @contextlib.contextmanager

@@ -1,0 +1,125 @@
+"""The commands that make models: apply, export, and run, which does all of the line.
+
+What enters: a recipe or a run directory. What leaves: run directories, exported files, reports.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from edgecompress.commands.checks import require_recipe_and_targets, require_run_and_target, thoroughness_of
+from edgecompress.commands.cli_options import (
+    JsonOption,
+    NoGateOption,
+    OptionalTarget,
+    OutputOption,
+    QuickOption,
+    QuietOption,
+    RecipeArgument,
+    ResumeOption,
+    RunArgument,
+    SecondsOption,
+    SetOption,
+    ThoroughOption,
+)
+from edgecompress.commands.cli_output import command_line, finish
+
+if TYPE_CHECKING:
+    from edgecompress.pipeline import Outcome
+
+app = typer.Typer()
+
+
+@app.command()
+def apply(
+    recipe: RecipeArgument,
+    target: OptionalTarget = None,
+    overrides: SetOption = None,
+    output: OutputOption = None,
+    resume: ResumeOption = False,
+    as_json: JsonOption = False,
+    no_gate: NoGateOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Apply a recipe's stages in PyTorch: train, distill, prune, factorize, quantize, qat."""
+
+    def work() -> Outcome:
+        require_recipe_and_targets(recipe, overrides or (), [target] if target is not None else [])
+        from edgecompress import pipeline
+
+        return pipeline.apply(
+            recipe, target=target, overrides=overrides or (), output=output, resume=resume, command=command_line()
+        )
+
+    finish(work, lambda outcome: outcome.manifest, as_json, no_gate, quiet)
+
+
+@app.command()
+def export(
+    run: RunArgument = None,
+    int8: Annotated[bool, typer.Option("--int8", help="Write the int8 file too, and check its parity.")] = False,
+    with_preprocessing: Annotated[
+        bool, typer.Option("--with-preprocessing", help="Files take uint8 [N, H, W, C] images of any size.")
+    ] = False,
+    ort: Annotated[
+        bool, typer.Option("--ort", help="Write ORT format too, for mobile and minimal builds of ONNX Runtime.")
+    ] = False,
+    target: OptionalTarget = None,
+    overrides: SetOption = None,
+    as_json: JsonOption = False,
+    no_gate: NoGateOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Write ONNX files and check parity: PyTorch, ONNX and int8 ONNX on real images."""
+
+    def work() -> Outcome:
+        require_run_and_target(run, target)
+        from edgecompress import pipeline
+
+        return pipeline.export(
+            run,
+            target=target,
+            int8=int8,
+            with_preprocessing=with_preprocessing,
+            ort=ort,
+            overrides=overrides or (),
+        )
+
+    finish(work, lambda outcome: outcome.manifest, as_json, no_gate, quiet)
+
+
+@app.command("run")
+def run_command(
+    recipe: RecipeArgument,
+    targets: Annotated[list[str], typer.Option("--target", help="A target file or shipped name; may be repeated.")],
+    overrides: SetOption = None,
+    output: OutputOption = None,
+    resume: ResumeOption = False,
+    seconds: SecondsOption = None,
+    quick: QuickOption = False,
+    thorough: ThoroughOption = False,
+    as_json: JsonOption = False,
+    no_gate: NoGateOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Apply, export with int8, profile and report, in one go."""
+
+    def work() -> Outcome:
+        thoroughness = thoroughness_of(quick, thorough)
+        require_recipe_and_targets(recipe, overrides or (), targets)
+        from edgecompress import pipeline
+
+        return pipeline.run(
+            recipe,
+            targets=targets,
+            overrides=overrides or (),
+            output=output,
+            resume=resume,
+            seconds=seconds,
+            thoroughness=thoroughness,
+            command=command_line(),
+        )
+
+    finish(work, lambda outcome: outcome.manifest, as_json, no_gate, quiet)

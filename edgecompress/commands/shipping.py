@@ -1,0 +1,122 @@
+"""The commands around what ships: report, bundle, verify.
+
+What enters: a run directory with its export done. What leaves: pages, a bundle, or the proof that one is whole.
+"""
+
+from __future__ import annotations
+
+import webbrowser
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from edgecompress.commands.checks import require_run_and_target
+from edgecompress.commands.cli_options import (
+    JsonOption,
+    NoGateOption,
+    OptionalTarget,
+    QuietOption,
+    RunArgument,
+    TargetOption,
+)
+from edgecompress.commands.cli_output import conclude, finish
+from edgecompress.errors import EXIT_GATE_MISSED, EXIT_OK, EXIT_STAGE_FAILED
+
+if TYPE_CHECKING:
+    from edgecompress.deploy.bundle import Bundle
+    from edgecompress.deploy.verify import Verification
+    from edgecompress.pipeline import Outcome
+    from edgecompress.run_directory import Json
+
+app = typer.Typer()
+
+
+@app.command()
+def report(
+    run: RunArgument = None,
+    target: OptionalTarget = None,
+    open_page: Annotated[bool, typer.Option("--open", help="Open the page in a browser.")] = False,
+    as_json: JsonOption = False,
+    no_gate: NoGateOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Write the deployment report: one HTML page and one Markdown file per target."""
+
+    def work() -> Outcome:
+        require_run_and_target(run, target)
+        from edgecompress import pipeline
+
+        outcome = pipeline.report(run, target=target)
+        if open_page:
+            for paths in outcome.reports.values():
+                webbrowser.open(paths.html.resolve().as_uri())
+        return outcome
+
+    def document(outcome: Outcome) -> Any:
+        return {name: {"html": str(p.html), "markdown": str(p.markdown)} for name, p in outcome.reports.items()}
+
+    finish(work, document, as_json, no_gate, quiet)
+
+
+@app.command()
+def bundle(
+    target: TargetOption,
+    run: RunArgument = None,
+    output: Annotated[Path | None, typer.Option("--output", help="Where to write; left out, RUN/bundle.")] = None,
+    preprocessing: Annotated[
+        bool, typer.Option("--preprocessing/--no-preprocessing", help="Resize and normalize inside the models.")
+    ] = True,
+    as_json: JsonOption = False,
+    no_gate: NoGateOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Write one folder and one archive that a device runs with numpy and ONNX Runtime alone."""
+
+    def work() -> tuple[Outcome, Bundle]:
+        require_run_and_target(run, target)
+        from edgecompress import pipeline
+
+        return pipeline.bundle(run, target=target, output=output, preprocessing_inside=preprocessing)
+
+    def document(result: tuple[Outcome, Bundle]) -> Json:
+        made = result[1]
+        places = {"folder": str(made.folder), "archive": str(made.archive), "caution": made.caution}
+        return {**made.manifest, **places}
+
+    def show(result: tuple[Outcome, Bundle]) -> None:
+        from edgecompress.device.infer import self_test_lines
+
+        made = result[1]
+        lines = [*filter(None, [made.caution]), *(f"self-test {line}" for line in self_test_lines(made.self_test))]
+        for line in [*lines, f"bundle:  {made.folder}", f"archive: {made.archive}"]:
+            typer.echo(line)
+
+    def exit_code(result: tuple[Outcome, Bundle]) -> int:
+        return EXIT_GATE_MISSED if result[0].missed and not no_gate else EXIT_OK
+
+    conclude(work, document=document, show=show, exit_code=exit_code, as_json=as_json, quiet=quiet)
+
+
+@app.command()
+def verify(
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="A bundle, its archive, or a run directory.")],
+    as_json: JsonOption = False,
+    no_gate: NoGateOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Check every file against the manifest, then a bundle's answers; end with 1 where anything differs."""
+
+    def work() -> Verification:
+        from edgecompress.deploy.verify import verify as check
+
+        return check(path)
+
+    def show(found: Verification) -> None:
+        for line in found.lines():
+            typer.echo(line)
+
+    def exit_code(found: Verification) -> int:
+        return EXIT_OK if found.ok else EXIT_STAGE_FAILED
+
+    conclude(work, document=lambda found: found.to_dict(), show=show, exit_code=exit_code, as_json=as_json, quiet=quiet)
