@@ -1,6 +1,6 @@
 """What is refused before torch is loaded, which takes seconds: bad recipes, missing runs, excluding flags.
 
-What enters: names, paths and flags as they were typed. What leaves: nothing, or one ConfigurationError with every fault.
+What enters: names, paths and flags as typed. What leaves: nothing, or one ConfigurationError with every fault.
 """
 
 from __future__ import annotations
