@@ -46,7 +46,9 @@ def half(module: nn.Module) -> nn.Module:
             "steps": 1,
         }
     )
-    ChannelPruner(module, stage=stage, channel_multiple=8, example=images(1, 0), scoring_batches=()).step()
+    pruner = ChannelPruner(module, stage=stage, channel_multiple=8, example=images(1, 0), scoring_batches=())
+    scored = pruner.score()
+    pruner.cut_to(pruner.plan(CHANNEL_RATIO, scored), scored)
     return module.eval()
 
 

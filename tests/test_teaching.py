@@ -151,7 +151,7 @@ class _CrashError(Exception):
 def test_a_distillation_that_crashed_goes_on_to_identical_weights_and_adapters(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("edgecompress.training._SECONDS_BETWEEN_SAVES", 0.0)
+    monkeypatch.setattr("edgecompress.training.training_loop._SECONDS_BETWEEN_SAVES", 0.0)
     architecture = small_architecture()
     splits = {
         name: split.prepare(architecture.preprocessing, cache=True) for name, split in digits_data().splits.items()

@@ -95,7 +95,7 @@ def _same(one: nn.Module, other: nn.Module) -> bool:
 def test_a_fit_that_crashed_goes_on_to_identical_weights(
     splits: dict[str, PreparedSplit], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, save_seconds: float
 ) -> None:
-    monkeypatch.setattr("edgecompress.training._SECONDS_BETWEEN_SAVES", save_seconds)
+    monkeypatch.setattr("edgecompress.training.training_loop._SECONDS_BETWEEN_SAVES", save_seconds)
     whole, expected = _fit(splits, None)
     state = Progress(tmp_path).phase("test")
     for crash_after in (3, 7, 1, 9):  # each counts from where the one before was saved
