@@ -136,7 +136,7 @@ def export(request: dict[str, Any]) -> dict[str, Any]:
     import torch
 
     from edgecompress.data.preprocessing import Preprocessing
-    from edgecompress.export.onnx_export import Provenance, export_onnx
+    from edgecompress.exporting.onnx_export import Provenance, export_onnx
     from edgecompress.settings.target import load_target
 
     export_onnx(

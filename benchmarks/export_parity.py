@@ -31,7 +31,7 @@ from torch import nn
 
 from edgecompress.data.preprocessing import Preprocessing
 from edgecompress.data.run_data import ImageData, open_data
-from edgecompress.export.onnx_export import (
+from edgecompress.exporting.onnx_export import (
     INPUT_NAME,
     OUTPUT_NAME,
     Provenance,
@@ -39,7 +39,7 @@ from edgecompress.export.onnx_export import (
     export_with_preprocessing,
     open_session,
 )
-from edgecompress.export.parity import largest_differences, top1_agreement
+from edgecompress.exporting.parity import largest_differences, top1_agreement
 from edgecompress.machine import describe_machine, summarize_machine, versions
 from edgecompress.models.model_building import build, resolve_architecture
 from edgecompress.models.weights import load_checkpoint

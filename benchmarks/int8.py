@@ -37,8 +37,8 @@ from rich.table import Table
 from edgecompress.data.images import SPLIT_NAMES
 from edgecompress.data.preprocessing import Preprocessing
 from edgecompress.data.run_data import PreparedSplit, calibration_indices, open_data
-from edgecompress.export.onnx_export import INPUT_NAME, OUTPUT_NAME, Provenance, export_onnx, open_session
-from edgecompress.export.parity import Logits, sqnr_db, top1_agreement
+from edgecompress.exporting.onnx_export import INPUT_NAME, OUTPUT_NAME, Provenance, export_onnx, open_session
+from edgecompress.exporting.parity import Logits, sqnr_db, top1_agreement
 from edgecompress.machine import describe_machine, has_vnni, summarize_machine, versions
 from edgecompress.measure.integer_graph import inspect_integer_graph
 from edgecompress.measure.measuring import measure_latency

@@ -33,8 +33,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from edgecompress.data.preprocessing import Preprocessing
-from edgecompress.export.onnx_export import INPUT_NAME, OUTPUT_NAME, Provenance, export_onnx, open_session
-from edgecompress.export.parity import sqnr_db
+from edgecompress.exporting.onnx_export import INPUT_NAME, OUTPUT_NAME, Provenance, export_onnx, open_session
+from edgecompress.exporting.parity import sqnr_db
 from edgecompress.int8.post_training import quantize
 from edgecompress.int8.scheme import resolve_scheme
 from edgecompress.machine import describe_machine, summarize_machine, versions

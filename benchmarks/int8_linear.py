@@ -35,9 +35,9 @@ from onnxruntime.quantization.matmul_nbits_quantizer import DefaultWeightOnlyQua
 from rich.console import Console
 from rich.table import Table
 
-from edgecompress.export.onnx_export import INPUT_NAME, OUTPUT_NAME, open_session
-from edgecompress.export.onnx_rewrite import GraphIndex
-from edgecompress.export.parity import sqnr_db
+from edgecompress.exporting.onnx_export import INPUT_NAME, OUTPUT_NAME, open_session
+from edgecompress.exporting.onnx_rewrite import GraphIndex
+from edgecompress.exporting.parity import sqnr_db
 from edgecompress.machine import describe_machine, summarize_machine, versions
 from edgecompress.measure.integer_graph import inspect_integer_graph
 from edgecompress.measure.measuring import measure_latency

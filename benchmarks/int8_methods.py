@@ -111,7 +111,7 @@ def _make_ours(request: dict[str, Any]) -> dict[str, Any]:
     import torch
 
     from edgecompress.data.run_data import open_data
-    from edgecompress.export.onnx_export import Provenance, export_onnx
+    from edgecompress.exporting.onnx_export import Provenance, export_onnx
     from edgecompress.int8.post_training import quantize
     from edgecompress.int8.scheme import resolve_scheme
     from edgecompress.machine import versions

@@ -27,7 +27,7 @@ from edgecompress.measure.measuring import STANDARD, THOROUGHNESS
 from edgecompress.measure.model_files import parse_shapes
 from edgecompress.measure.runtime_options import parse_providers
 from edgecompress.measure.sweeps import parse_sweeps
-from edgecompress.report.report_page import ReportPaths, write_report
+from edgecompress.reporting.report_page import ReportPaths, write_report
 from edgecompress.run_directory import RUNS_ROOT, Json, RunDirectory, new_run_path, open_run, read_json, write_json
 from edgecompress.settings.gates import missed_gates
 from edgecompress.settings.recipe import QatStage, Recipe, load_recipe

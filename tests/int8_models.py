@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from edgecompress.data.preprocessing import Preprocessing
-from edgecompress.export.onnx_export import Provenance, export_onnx, open_session
+from edgecompress.exporting.onnx_export import Provenance, export_onnx, open_session
 from edgecompress.int8.post_training import quantize
 from edgecompress.int8.quantized_model import QuantizedModel
 from edgecompress.int8.scheme import Scheme

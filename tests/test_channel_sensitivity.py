@@ -17,7 +17,7 @@ from edgecompress.measure.latency_trial import LatencyShare
 from edgecompress.models.complexity import measure_complexity
 from edgecompress.pruning.channel_sensitivity import ChannelSensitivity, GroupSensitivity, Point
 from edgecompress.pruning.prune import ChannelPruner
-from edgecompress.report.sensitivity_figure import sensitivity_svg
+from edgecompress.reporting.sensitivity_figure import sensitivity_svg
 from edgecompress.settings.prune_settings import PruneStage
 from small_models import TinyNet, images, tiny_net
 

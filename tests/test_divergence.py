@@ -9,7 +9,7 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
-from edgecompress.export.divergence import first_divergence
+from edgecompress.exporting.divergence import first_divergence
 from edgecompress.settings.target import load_target
 from int8_models import Residual, SqueezeExcite, export, images, seeded
 

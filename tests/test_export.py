@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import edgecompress
 from edgecompress.data.preprocessing import Preprocessing
 from edgecompress.errors import ExportError
-from edgecompress.export.onnx_export import Provenance, check_file, export_onnx, open_session
+from edgecompress.exporting.onnx_export import Provenance, check_file, export_onnx, open_session
 from edgecompress.settings.configuration import validate
 from edgecompress.settings.target import Target, load_target
 from int8_models import CLASSES, PREPROCESSING, PROVENANCE, SIZE, Residual, conv, export, images, quantized, run, seeded
@@ -249,8 +249,8 @@ def test_a_file_that_the_checker_refuses_does_not_replace_an_older_one(
 
     path = tmp_path / "model.onnx"
     path.write_bytes(b"the older one")
-    monkeypatch.setattr("edgecompress.export.onnx_export.translate", lambda *_: SimpleNamespace(model_proto=onnx.load(file.path)))
-    monkeypatch.setattr("edgecompress.export.onnx_export.check_file", refuse)
+    monkeypatch.setattr("edgecompress.exporting.onnx_export.translate", lambda *_: SimpleNamespace(model_proto=onnx.load(file.path)))
+    monkeypatch.setattr("edgecompress.exporting.onnx_export.check_file", refuse)
     with pytest.raises(ExportError, match="refused"):
         export(file.module, path)
     assert path.read_bytes() == b"the older one"

@@ -11,8 +11,8 @@ from onnx import TensorProto, helper
 from torch import nn
 
 from edgecompress.data.preprocessing import Preprocessing
-from edgecompress.export.node_names import module_in_name, modules_of, name_nodes
-from edgecompress.export.onnx_export import Provenance, export_onnx
+from edgecompress.exporting.node_names import module_in_name, modules_of, name_nodes
+from edgecompress.exporting.onnx_export import Provenance, export_onnx
 from edgecompress.settings.target import load_target
 
 

@@ -12,7 +12,7 @@ import onnxruntime
 import pytest
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
-from edgecompress.export.onnx_rewrite import rewrite
+from edgecompress.exporting.onnx_rewrite import rewrite
 from edgecompress.measure.integer_graph import inspect_integer_graph
 
 SHAPE = [2, 3, 7, 9]

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from edgecompress.errors import ParityError
-from edgecompress.export.parity import (
+from edgecompress.exporting.parity import (
     class_changes,
     compare_float,
     compare_int8,

@@ -11,10 +11,10 @@ import pytest
 from PIL import Image
 
 from edgecompress.data.images import FileItems, ImageSplit
-from edgecompress.export.onnx_export import export_with_preprocessing
-from edgecompress.export.ort_format import OPERATORS_FILE, convert, mobile_usability, remove_stale
-from edgecompress.export.parity import Logits, run_onnx
-from edgecompress.export.parity_variants import (
+from edgecompress.exporting.onnx_export import export_with_preprocessing
+from edgecompress.exporting.ort_format import OPERATORS_FILE, convert, mobile_usability, remove_stale
+from edgecompress.exporting.parity import Logits, run_onnx
+from edgecompress.exporting.parity_variants import (
     Subset,
     choose_subset,
     compare_ort_format,

@@ -15,8 +15,8 @@ from PIL import Image
 
 from edgecompress.data.preprocessing import Preprocessing
 from edgecompress.errors import ExportError
-from edgecompress.export.onnx_export import check_file, open_session
-from edgecompress.export.preprocessing_graph import PREFIX, describe_signature, embed_preprocessing, input_form
+from edgecompress.exporting.onnx_export import check_file, open_session
+from edgecompress.exporting.preprocessing_graph import PREFIX, describe_signature, embed_preprocessing, input_form
 from edgecompress.measure.integer_graph import inspect_integer_graph
 from edgecompress.settings.target import load_target
 from int8_models import CLASSES, PREPROCESSING, SIZE, Residual, export, quantized, seeded

@@ -18,7 +18,7 @@ from edgecompress.measure import explanation, profiling
 from edgecompress.measure.explanation import LATENCY_ALONE
 from edgecompress.measure.measuring import FreshMeasurement, LatencyMeasurement
 from edgecompress.measure.model_files import name_files, open_files, parse_shapes
-from edgecompress.report.profile_text import budget_lines, files_table
+from edgecompress.reporting.profile_text import budget_lines, files_table
 from edgecompress.settings.target import Target
 from edgecompress.steps.profile_files import profile_files
 from onnx_models import quantized, residual_net, residual_net_macs, save

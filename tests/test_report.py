@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from edgecompress.errors import RunError
-from edgecompress.report.report_page import markdown_text, report_document, write_report
+from edgecompress.reporting.report_page import markdown_text, report_document, write_report
 from edgecompress.run_directory import RunDirectory, write_json
 
 HOSTILE = (
@@ -703,7 +703,7 @@ def test_positions_in_figures_stay_inside(tmp_path: Path) -> None:
 
 
 def test_parity_in_other_settings_reaches_the_page() -> None:
-    from edgecompress.report.report_evidence import trust_facts
+    from edgecompress.reporting.report_evidence import trust_facts
 
     run = {"batch": 1, "threads": 1, "graph_optimization": "all", "top1_agreement": 1.0, "max_abs_diff": 0.0}
     parity = {

@@ -10,8 +10,8 @@ import pytest
 PACKAGE = Path(__file__).resolve().parent.parent / "edgecompress"
 FOUNDATION = ("errors", "console", "machine", "run_directory", "shipped")
 ORDER = (
-    *("settings", "data", "models", "training", "export", "measure", "pruning", "int8", "stages", "report", "device"),
-    *("deploy", "steps", "pipeline", "commands", "cli"),
+    *("settings", "data", "models", "training", "exporting", "measure", "pruning", "int8", "stages", "reporting"),
+    *("device", "deploy", "steps", "pipeline", "commands", "cli"),
 )
 ROOMS = ("foundation", *ORDER)
 

@@ -20,7 +20,7 @@ from edgecompress.measure.runtime_options import (
     python_settings,
     sweep_options,
 )
-from edgecompress.report.profile_text import options_sentence
+from edgecompress.reporting.profile_text import options_sentence
 from onnx_models import residual_net
 
 SWEEP: dict[str, Any] = {"threads": 1, "cores": 2, "providers": (CPU,), "input_npy": None, "seconds": 1.0}

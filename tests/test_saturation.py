@@ -24,7 +24,7 @@ import pytest
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from edgecompress.export.onnx_export import open_session
+from edgecompress.exporting.onnx_export import open_session
 from edgecompress.int8.scheme import Scheme
 
 Ints = NDArray[np.int64]

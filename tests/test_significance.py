@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import binomtest
 
-from edgecompress.export.significance import images_needed, mcnemar, p_of_drop
+from edgecompress.exporting.significance import images_needed, mcnemar, p_of_drop
 
 
 def test_by_hand() -> None:

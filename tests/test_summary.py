@@ -14,7 +14,7 @@ from rich.table import Table
 
 from edgecompress.commands import cli_output
 from edgecompress.pipeline import Outcome
-from edgecompress.report import summary
+from edgecompress.reporting import summary
 from edgecompress.run_directory import RunDirectory
 
 MANIFEST: dict[str, Any] = {

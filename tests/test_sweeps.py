@@ -12,7 +12,7 @@ from edgecompress.errors import ConfigurationError
 from edgecompress.measure import sweeps
 from edgecompress.measure.measuring import LatencyMeasurement
 from edgecompress.measure.sweeps import parse_sweeps, sweep, thread_counts
-from edgecompress.report.profile_text import scaling_rows
+from edgecompress.reporting.profile_text import scaling_rows
 
 
 def invented(monkeypatch: pytest.MonkeyPatch) -> None:

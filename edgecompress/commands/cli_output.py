@@ -114,8 +114,8 @@ def print_outcome(outcome: Outcome, *, explain: bool = False) -> None:
     """What a command did, for people: what is bad first, then the tables, then where everything is."""
     from rich.console import Console
 
-    from edgecompress.report.profile_text import explanation_tables
-    from edgecompress.report.summary import models_table, slower_sentences, stages_table, verdict_text
+    from edgecompress.reporting.profile_text import explanation_tables
+    from edgecompress.reporting.summary import models_table, slower_sentences, stages_table, verdict_text
 
     stdout = Console(highlight=False, emoji=False)
     for sentence in slower_sentences(outcome.manifest, outcome.profiles.values()):

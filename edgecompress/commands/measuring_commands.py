@@ -137,7 +137,7 @@ def _profile_files(
 def _print_files(document: Json) -> None:
     from rich.console import Console
 
-    from edgecompress.report.profile_text import budget_lines, explanation_tables, files_table
+    from edgecompress.reporting.profile_text import budget_lines, explanation_tables, files_table
 
     stdout = Console(highlight=False, emoji=False)
     for text in document["notes"]:

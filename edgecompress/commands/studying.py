@@ -59,8 +59,8 @@ def sensitivity(
     def show(result: tuple[Outcome, Json]) -> None:
         from rich.console import Console
 
-        from edgecompress.report.placement_text import sensitivity_table
-        from edgecompress.report.sensitivity_text import channels_table, proposal_lines
+        from edgecompress.reporting.placement_text import sensitivity_table
+        from edgecompress.reporting.sensitivity_text import channels_table, proposal_lines
 
         outcome, document = result
         stdout = Console(highlight=False, emoji=False)

@@ -16,7 +16,7 @@ import onnx
 from edgecompress.data.preprocessing import Preprocessing
 from edgecompress.device.bench import KIND, SCHEMA_VERSION
 from edgecompress.errors import ConfigurationError
-from edgecompress.export.preprocessing_graph import PIXEL_FORM, embed_preprocessing, input_form
+from edgecompress.exporting.preprocessing_graph import PIXEL_FORM, embed_preprocessing, input_form
 from edgecompress.machine import mismatches
 from edgecompress.measure.measuring import FreshMeasurement, LatencyMeasurement
 from edgecompress.measure.profiling import Elsewhere

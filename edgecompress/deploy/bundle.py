@@ -24,7 +24,7 @@ from edgecompress.deploy.bundle_text import model_facts_header, readme_text
 from edgecompress.deploy.expected_results import write_expected
 from edgecompress.device.infer import KIND, MANIFEST, SCHEMA_VERSION, self_test
 from edgecompress.errors import RunError
-from edgecompress.export.preprocessing_graph import PIXEL_FORM, embed_preprocessing, input_form
+from edgecompress.exporting.preprocessing_graph import PIXEL_FORM, embed_preprocessing, input_form
 from edgecompress.run_directory import Json, RunDirectory, read_json, sha256_of, to_json
 from edgecompress.settings.gates import missed_gates
 from edgecompress.settings.target import Target

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 
-from edgecompress.report.report_page import markdown_environment
+from edgecompress.reporting.report_page import markdown_environment
 from edgecompress.run_directory import Json
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from edgecompress.export.onnx_export import Provenance, export_onnx
+from edgecompress.exporting.onnx_export import Provenance, export_onnx
 from edgecompress.int8.mixed import agreement, decibels, noise
 from edgecompress.int8.quantized_model import QuantizedModel
 from edgecompress.measure.measuring import measure_latency

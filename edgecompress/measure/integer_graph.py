@@ -27,7 +27,7 @@ import onnxruntime as ort
 
 from edgecompress.data.preprocessing import Preprocessing
 from edgecompress.errors import ProfileError
-from edgecompress.export.preprocessing_graph import PIXEL_FORM, PREFIX
+from edgecompress.exporting.preprocessing_graph import PIXEL_FORM, PREFIX
 from edgecompress.measure.measure_worker import DTYPES, input_shape
 
 # Position of the weights among the inputs, for each operator that multiplies and accumulates.

@@ -17,7 +17,7 @@ from typing import Any
 
 import onnx
 
-from edgecompress.export.node_names import modules_of
+from edgecompress.exporting.node_names import modules_of
 from edgecompress.measure.measuring import ask_worker
 
 MOST_MODULES = 20

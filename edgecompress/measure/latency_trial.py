@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from edgecompress.data.preprocessing import Preprocessing
 from edgecompress.errors import ConfigurationError
-from edgecompress.export.onnx_export import Provenance, export_onnx
+from edgecompress.exporting.onnx_export import Provenance, export_onnx
 from edgecompress.measure.measuring import measure_latency
 from edgecompress.measure.profiling import not_at_hand
 from edgecompress.models.complexity import weight_layers

@@ -19,7 +19,7 @@ from edgecompress.measure.profiling import not_at_hand
 from edgecompress.models.checkpoint import Checkpoint, example_input, load_checkpoint
 from edgecompress.models.model_building import copy_of
 from edgecompress.pruning.channel_sensitivity import RATIOS, ChannelSensitivity, GroupSensitivity
-from edgecompress.report.sensitivity_figure import sensitivity_svg
+from edgecompress.reporting.sensitivity_figure import sensitivity_svg
 from edgecompress.run_directory import Json, RunDirectory, atomic_path
 from edgecompress.settings.prune_settings import PruneStage
 from edgecompress.settings.recipe import INITIAL_ID, Recipe

@@ -21,10 +21,10 @@ from edgecompress import console
 from edgecompress.data.images import PreparedSplit
 from edgecompress.data.preprocessing import Preprocessing
 from edgecompress.data.run_data import ImageData, open_data
-from edgecompress.export.divergence import first_divergence
-from edgecompress.export.onnx_export import Provenance, export_onnx, export_with_preprocessing
-from edgecompress.export.ort_format import OPERATORS_FILE, convert, mobile_usability, remove_stale
-from edgecompress.export.parity import (
+from edgecompress.exporting.divergence import first_divergence
+from edgecompress.exporting.onnx_export import Provenance, export_onnx, export_with_preprocessing
+from edgecompress.exporting.ort_format import OPERATORS_FILE, convert, mobile_usability, remove_stale
+from edgecompress.exporting.parity import (
     Logits,
     class_changes,
     compare_float,
@@ -33,15 +33,15 @@ from edgecompress.export.parity import (
     run_onnx,
     worst_class,
 )
-from edgecompress.export.parity_variants import (
+from edgecompress.exporting.parity_variants import (
     Subset,
     choose_subset,
     compare_ort_format,
     compare_variants,
     compare_with_preprocessing,
 )
-from edgecompress.export.preprocessing_graph import FLOAT_FORM, PIXEL_FORM, InputForm, input_form
-from edgecompress.export.samples import save_samples
+from edgecompress.exporting.preprocessing_graph import FLOAT_FORM, PIXEL_FORM, InputForm, input_form
+from edgecompress.exporting.samples import save_samples
 from edgecompress.int8.quantized_model import QuantizedModel, load_quantized
 from edgecompress.int8.scheme import Scheme, resolve_scheme
 from edgecompress.machine import versions

@@ -41,7 +41,7 @@ from edgecompress.int8.sensitivity import noise_alone
 from edgecompress.measure.operator_times import operator_times
 from edgecompress.measure.profiling import not_at_hand
 from edgecompress.models.checkpoint import Checkpoint, example_input, load_checkpoint
-from edgecompress.report.placement_text import placement_table
+from edgecompress.reporting.placement_text import placement_table
 from edgecompress.run_directory import Json, RunDirectory, read_json, write_json
 from edgecompress.settings.recipe import QatStage, QuantizeStage, Recipe
 from edgecompress.settings.target import Target

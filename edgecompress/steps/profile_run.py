@@ -14,8 +14,8 @@ from edgecompress.deploy.bench_results import measured_elsewhere, read_bench
 from edgecompress.deploy.bundle import fill_folder
 from edgecompress.deploy.remote import Host, measure_on
 from edgecompress.errors import RunError
-from edgecompress.export.preprocessing_graph import InputForm, input_form
-from edgecompress.export.samples import latency_note, measuring_input
+from edgecompress.exporting.preprocessing_graph import InputForm, input_form
+from edgecompress.exporting.samples import latency_note, measuring_input
 from edgecompress.measure.explanation import Depth
 from edgecompress.measure.measuring import STANDARD
 from edgecompress.measure.profiling import profile_models

@@ -11,7 +11,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from edgecompress.report.summary import Json, entries, number_text, percent_text, printable
+from edgecompress.reporting.summary import Json, entries, number_text, percent_text, printable
 
 
 def channels_table(document: Json) -> Table:

@@ -16,9 +16,9 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from edgecompress.report import summary
-from edgecompress.report.report_facts import report_document
-from edgecompress.report.summary import Json
+from edgecompress.reporting import summary
+from edgecompress.reporting.report_facts import report_document
+from edgecompress.reporting.summary import Json
 from edgecompress.run_directory import RunDirectory, write_text
 
 __all__ = ["ReportPaths", "markdown_text", "report_document", "write_report"]

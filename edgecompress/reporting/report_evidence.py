@@ -13,8 +13,8 @@ from typing import Any
 
 import yaml
 
-from edgecompress.report import profile_text, summary
-from edgecompress.report.summary import Json, entries, number, section
+from edgecompress.reporting import profile_text, summary
+from edgecompress.reporting.summary import Json, entries, number, section
 from edgecompress.run_directory import RunDirectory
 
 WORST_CLASSES = 20

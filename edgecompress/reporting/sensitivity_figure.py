@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from xml.sax.saxutils import escape
 
-from edgecompress.report.summary import Json
+from edgecompress.reporting.summary import Json
 
 _WIDTH, _HEIGHT, _COLUMNS = 200, 120, 4
 _LEFT, _RIGHT, _TOP, _BOTTOM = 34, 10, 26, 22

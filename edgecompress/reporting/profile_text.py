@@ -12,7 +12,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from edgecompress.report.summary import (
+from edgecompress.reporting.summary import (
     MISSING,
     Json,
     bytes_text,

@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 from edgecompress import console
 from edgecompress.data.images import PreparedSplit
 from edgecompress.data.preprocessing import Preprocessing
-from edgecompress.export.onnx_export import INPUT_NAME, OUTPUT_NAME, open_session
-from edgecompress.export.parity import Logits, at_least, at_most, largest_differences, require_finite, top1_agreement
+from edgecompress.exporting.onnx_export import INPUT_NAME, OUTPUT_NAME, open_session
+from edgecompress.exporting.parity import Logits, at_least, at_most, largest_differences, require_finite, top1_agreement
 from edgecompress.settings.recipe import Gates
 
 Json = dict[str, Any]

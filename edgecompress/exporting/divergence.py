@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from edgecompress.errors import ExportError
-from edgecompress.export.onnx_export import INPUT_NAME, OUTPUT_NAME, translate
+from edgecompress.exporting.onnx_export import INPUT_NAME, OUTPUT_NAME, translate
 from edgecompress.settings.target import Target
 
 

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from edgecompress.report import figures, summary
-from edgecompress.report.report_evidence import (
+from edgecompress.reporting import figures, summary
+from edgecompress.reporting.report_evidence import (
     class_rows,
     command_text,
     loud_notes,
@@ -22,7 +22,7 @@ from edgecompress.report.report_evidence import (
     time_facts,
     trust_facts,
 )
-from edgecompress.report.summary import Json, entries, number, section
+from edgecompress.reporting.summary import Json, entries, number, section
 from edgecompress.run_directory import RunDirectory, read_json
 from edgecompress.settings.target import SPEED_BUDGET
 

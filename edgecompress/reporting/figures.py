@@ -11,8 +11,8 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from edgecompress.report import summary
-from edgecompress.report.summary import Json, number, section
+from edgecompress.reporting import summary
+from edgecompress.reporting.summary import Json, number, section
 
 
 def _axis(low: float, high: float) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from edgecompress.data.images import PreparedSplit
 from edgecompress.data.preprocessing import Preprocessing
 from edgecompress.errors import RunError
-from edgecompress.export.preprocessing_graph import PIXEL_FORM, InputForm
+from edgecompress.exporting.preprocessing_graph import PIXEL_FORM, InputForm
 from edgecompress.run_directory import atomic_path
 
 PREPARED_FILE = "samples.npy"

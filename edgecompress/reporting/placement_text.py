@@ -11,7 +11,16 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from edgecompress.report.summary import Json, bytes_text, entries, number, number_text, percent_text, printable, section
+from edgecompress.reporting.summary import (
+    Json,
+    bytes_text,
+    entries,
+    number,
+    number_text,
+    percent_text,
+    printable,
+    section,
+)
 
 _NAMED = 3
 

@@ -17,8 +17,8 @@ from edgecompress import console
 from edgecompress.data.preprocessing import Preprocessing
 from edgecompress.data.run_data import PreparedSplit
 from edgecompress.errors import ParityError
-from edgecompress.export.onnx_export import INPUT_NAME, OUTPUT_NAME, open_session
-from edgecompress.export.significance import SIGNIFICANT, images_needed, mcnemar, p_of_drop
+from edgecompress.exporting.onnx_export import INPUT_NAME, OUTPUT_NAME, open_session
+from edgecompress.exporting.significance import SIGNIFICANT, images_needed, mcnemar, p_of_drop
 from edgecompress.settings.recipe import Gates
 
 Logits = NDArray[np.float32]

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 from edgecompress.data.preprocessing import Preprocessing
 from edgecompress.errors import ExportError
-from edgecompress.export.node_names import name_nodes
-from edgecompress.export.onnx_rewrite import rewrite
-from edgecompress.export.preprocessing_graph import describe_signature, embed_preprocessing
+from edgecompress.exporting.node_names import name_nodes
+from edgecompress.exporting.onnx_rewrite import rewrite
+from edgecompress.exporting.preprocessing_graph import describe_signature, embed_preprocessing
 from edgecompress.run_directory import atomic_path
 from edgecompress.settings.target import Target
 

@@ -1,0 +1,1 @@
+"""Images in, batches out: where they come from, how they are read, prepared and augmented."""
