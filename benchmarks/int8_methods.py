@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from edgecompress.data.preprocessing import Preprocessing
     from edgecompress.int8.quantized_model import QuantizedModel
 
-INPUT_NAME = "input"  # as edgecompress.export names it; importing that here would bring torch into the peers' memory
+INPUT_NAME = "input"  # as edgecompress.exporting names it; importing that here would bring torch into the peers' memory
 _BATCH = 32
 
 
