@@ -219,6 +219,22 @@ def test_unstructured_sparsity_survives_to_the_stage_and_is_reported(tmp_path: P
     assert outcome.manifest["stages"][1]["id"] == "int8"
 
 
+def test_zeros_reach_int8_and_a_stage_that_loses_them_is_warned_of(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pruned = "  - {id: pruned, kind: prune, method: unstructured, sparsity: 0.6, epochs: 1, warmup_epochs: 0}\n"
+    outcome = pipeline.apply(str(_checkpoint_recipe(tmp_path, pruned)), output=tmp_path / "kept")
+    assert outcome.manifest["stages"][1]["sparsity"] >= 0.6
+    assert "were zero before it" not in capsys.readouterr().err
+
+    tuned = pruned + "  - {id: tuned, kind: train, epochs: 1, warmup_epochs: 0}\n"
+    outcome = pipeline.apply(str(_checkpoint_recipe(tmp_path, tuned)), output=tmp_path / "lost")
+    assert outcome.manifest["stages"][1]["sparsity"] < 0.1
+    expected = "stage tuned: 60.0% of the weights were zero before it and"
+    assert expected in " ".join(capsys.readouterr().err.split())
+    assert [text for text in outcome.manifest["notes"] if text.startswith(expected)]
+
+
 def test_distillation_from_a_stage_into_a_smaller_student(tmp_path: Path) -> None:
     overrides = (
         "model.arguments.width=8",

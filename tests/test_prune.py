@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torchvision
@@ -33,7 +34,7 @@ def _cut(pruner: ChannelPruner, *, progress: float = 1.0) -> None:
 
 
 @pytest.mark.parametrize("scope", ["global", "isomorphic", "layer"])
-@pytest.mark.parametrize("importance", ["magnitude", "bn_scale", "taylor", "lamp", "hessian"])
+@pytest.mark.parametrize("importance", ["magnitude", "l1", "bn_scale", "taylor", "lamp", "hessian"])
 def test_every_ranking_removes_channels_and_keeps_the_classes(scope: str, importance: str) -> None:
     net = tiny_net()
     before = measure_complexity(net, images(1))
@@ -91,6 +92,17 @@ def test_coupled_layers_are_one_group() -> None:
         "hidden": ("hidden",),
     }
     assert [group.channels for group in found.values()] == [16, 32, 32]
+
+
+def test_l1_is_the_mean_of_the_sums_of_magnitudes_over_the_layers_that_share_a_channel() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(2, 6, 3, bias=False), nn.Flatten(), nn.Linear(6, 3, bias=False))
+    inputs = torch.randn(2, 2, 3, 3)
+    groups = ChannelGroups(net, inputs, protected=["2"]).current()
+    found = scores(net, groups, importance="l1", batches=[])["0"].numpy()
+    first, last = (net[index].weight.detach().numpy() for index in (0, 2))  # type: ignore[union-attr]
+    expected = (np.abs(first).sum(axis=(1, 2, 3)) + np.abs(last).sum(axis=0)) / 2
+    assert np.allclose(found, expected / expected.mean(), atol=1e-6)
 
 
 def test_the_hessian_is_the_mean_square_of_single_gradients() -> None:

@@ -117,6 +117,25 @@ def test_never_worse_than_nearest_and_within_the_range(name: str, bits: int) -> 
     assert torch.equal(integers, round_compensated(weight, scale, [inputs], node, low=-limit, high=limit))
 
 
+@pytest.mark.parametrize("name", ["plain", "depthwise", "long_linear"])
+def test_zeros_stay_and_the_rest_still_beats_rounding_to_nearest(name: str) -> None:
+    """Zeros that pruning made, while every weight is moved: by the update, and by aiming at float inputs."""
+    layer, node, inputs = layer_and_node(name)
+    is_zero = torch.rand(layer.weight.shape, generator=torch.Generator().manual_seed(4)) < 0.5
+    with torch.no_grad():
+        layer.weight.masked_fill_(is_zero, 0)
+    weight = layer.weight.detach()
+    scale = scales(weight)
+    integers = round_compensated(weight, scale, [inputs], node, low=-LIMIT, high=LIMIT)
+    nearest = torch.round(weight / spread(scale, weight.dim()))
+    assert not integers[is_zero].any()
+    assert output_error(layer, integers, scale, inputs) <= output_error(layer, nearest, scale, inputs) * (1 + 1e-5)
+    coarse = (inputs / 0.8).floor() * 0.8
+    aimed = round_compensated(weight, scale, [coarse], node, low=-LIMIT, high=LIMIT, float_inputs=[inputs])
+    assert not torch.equal(aimed, integers)
+    assert not aimed[is_zero].any()
+
+
 @pytest.mark.parametrize("name", ["long_linear", "plain"])
 def test_working_in_blocks_changes_nothing(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     layer, node, inputs = layer_and_node(name)

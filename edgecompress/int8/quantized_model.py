@@ -51,6 +51,13 @@ class QuantizedModel:
     reference: GraphModule | None = None
     calibration: CalibrationFacts | None = None
 
+    @property
+    def sparsity(self) -> float:
+        """Fraction of exact zeros among the weights of all layers; more than in float, as small ones round to zero."""
+        weights = [tensor for tensor in _constants(self.graph).values() if tensor.dim() > 1]
+        total = sum(weight.numel() for weight in weights)
+        return sum(int((weight == 0).sum()) for weight in weights) / total if total else 0.0
+
     def simulation(self) -> GraphModule:
         """What the runtime's integer kernels give for this graph, number for number."""
         return simulate_integers(self.graph)

@@ -42,7 +42,8 @@ def round_compensated(
 
     With `float_inputs`, what `inputs` (batch after batch) would be without any rounding before them, the output aimed
     at is the one on those, so that a layer makes good what the layers before it lost. `weight` is
-    [out, in / groups, kh, kw] or [out, in]; `scale` is [out]; returns int8 in the shape of `weight`.
+    [out, in / groups, kh, kw] or [out, in]; `scale` is [out]; returns int8 in the shape of `weight`. A weight that is
+    exactly zero stays zero: pruning made it so.
     """
     groups = int(node.args[6]) if node.target in CONVOLUTIONS and len(node.args) > 6 else 1  # type: ignore[arg-type]
     columns = weight[0].numel()
@@ -54,7 +55,9 @@ def round_compensated(
         rows = _aimed_at_float(rows, hessian, patches, missing)
     steps = scale.double().reshape(groups, -1)
     hessian = hessian.double()
-    integers = _better_rows(rows, steps, hessian, _gptq(rows, steps, hessian, low, high), low, high)
+    is_zero = (weight == 0).reshape(rows.shape)
+    integers = _gptq(rows, steps, hessian, is_zero, low, high)
+    integers = _better_rows(rows, steps, hessian, integers, is_zero, low, high)
     return integers.reshape(weight.shape).to(torch.int8)
 
 
@@ -100,10 +103,12 @@ def _aimed_at_float(rows: Tensor, hessian: Tensor, patches: Tensor, missing: Ten
     return rows + change(hessian.double(), (rows @ cross.double()).transpose(1, 2), best)
 
 
-def _better_rows(rows: Tensor, steps: Tensor, hessian: Tensor, integers: Tensor, low: int, high: int) -> Tensor:
+def _better_rows(
+    rows: Tensor, steps: Tensor, hessian: Tensor, integers: Tensor, is_zero: Tensor, low: int, high: int
+) -> Tensor:
     """Keep each output channel's `integers` only where they beat rounding to nearest: the update is greedy."""
     step = steps[:, :, None]
-    nearest = torch.round(rows / step).clamp(low, high)
+    nearest = torch.round(rows / step).clamp(low, high).masked_fill(is_zero, 0)
     losses = []
     for candidate in (integers, nearest):
         error = rows - candidate * step
@@ -155,10 +160,10 @@ def _explicit_padding(inputs: Tensor, mode: str, kernel: tuple[int, ...], dilati
     return functional.pad(inputs, pads)
 
 
-def _gptq(rows: Tensor, steps: Tensor, hessian: Tensor, low: int, high: int) -> Tensor:
+def _gptq(rows: Tensor, steps: Tensor, hessian: Tensor, is_zero: Tensor, low: int, high: int) -> Tensor:
     """Round `rows` [groups, out, columns] column by column, spreading each error over the columns still to come.
 
-    `steps` [groups, out] are the scales. Columns go from the largest Hessian diagonal to the smallest ("act order").
+    `steps` [groups, out] are the scales; where `is_zero`, the integer is 0. Columns go from the largest Hessian diagonal to the smallest ("act order").
     """
     diagonal = hessian.diagonal(dim1=1, dim2=2)
     dead = diagonal == 0
@@ -168,6 +173,7 @@ def _gptq(rows: Tensor, steps: Tensor, hessian: Tensor, low: int, high: int) -> 
     back = order.argsort(dim=1)
     groups, count, columns = rows.shape
     permuted = rows.gather(2, order[:, None, :].expand_as(rows)).clone()
+    held = is_zero.gather(2, order[:, None, :].expand_as(is_zero))
     hessian = hessian.gather(1, order[:, :, None].expand_as(hessian)).gather(2, order[:, None, :].expand_as(hessian))
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
     upper = torch.linalg.cholesky(inverse, upper=True)
@@ -177,7 +183,7 @@ def _gptq(rows: Tensor, steps: Tensor, hessian: Tensor, low: int, high: int) -> 
         errors = torch.zeros(groups, count, end - start, dtype=rows.dtype)
         for column in range(start, end):
             value = permuted[:, :, column]
-            rounded = torch.round(value / steps).clamp(low, high)
+            rounded = torch.round(value / steps).clamp(low, high).masked_fill(held[:, :, column], 0)
             integers[:, :, column] = rounded
             error = (value - rounded * steps) / upper[:, column, column][:, None]
             permuted[:, :, column:end] -= error[:, :, None] * upper[:, None, column, column:end]

@@ -17,7 +17,7 @@ from torch.nn import functional
 from edgecompress.errors import PruningError
 from edgecompress.models.channel_groups import CoupledGroup
 
-Importance = Literal["magnitude", "bn_scale", "taylor", "lamp", "hessian"]
+Importance = Literal["magnitude", "l1", "bn_scale", "taylor", "lamp", "hessian"]
 Batches = Sequence[tuple[Tensor, Tensor]]
 
 # Gradients of one image at a time: enough images for a ranking, few enough for seconds.
@@ -29,7 +29,8 @@ def scores(
 ) -> dict[str, Tensor]:
     """One score a channel, [channels], by group name; groups that this importance cannot score are left out.
 
-    - magnitude: L2 norms of the weights. lamp: the same, each as a share of those above it (Lee et al., 2021).
+    - magnitude: L2 norms of the weights. l1: L1 norms (Li et al., 2017, "Pruning Filters for Efficient ConvNets").
+    - lamp: magnitude, each as a share of those above it (Lee et al., 2021).
     - bn_scale: batch-norm scales (Liu et al., 2017, "Network Slimming"); groups without batch norm have no score.
     - taylor: |weight x gradient| (Molchanov et al., 2019). hessian: weight^2 x squared gradient, the diagonal of the
       Fisher information (LeCun et al., 1990, "Optimal Brain Damage").
@@ -53,6 +54,7 @@ def scores(
 
 _SCORERS: Mapping[str, Callable[[], Any]] = {
     "magnitude": lambda: torch_pruning.importance.GroupMagnitudeImportance(p=2),
+    "l1": lambda: torch_pruning.importance.GroupMagnitudeImportance(p=1),
     "bn_scale": torch_pruning.importance.BNScaleImportance,
     "lamp": torch_pruning.importance.LAMPImportance,
     "taylor": torch_pruning.importance.GroupTaylorImportance,

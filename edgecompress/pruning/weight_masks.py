@@ -18,6 +18,9 @@ from edgecompress.models.complexity import WEIGHT_LAYERS, weight_layers
 from edgecompress.settings.prune_settings import PruneStage
 from edgecompress.training.distill import TrainingBatch, TrainingLoss
 
+# A smaller fall of the share of zeros is not worth a word: training moves a few weights to and from zero.
+_LOST_SHARE = 0.005
+
 
 class WeightMasks:
     """Zeroes the smallest weights by magnitude (L1), step by step, and holds them at zero.
@@ -103,6 +106,17 @@ class WeightMasks:
         """Fraction of masked weights among all that may be masked."""
         masked = sum(int((~mask).sum()) for mask in self._masks.values())
         return masked / sum(mask.numel() for mask in self._masks.values())
+
+
+def lost_zeros(stage_id: str, before: float, after: float) -> str | None:
+    """A warning where a stage left fewer zeros among the weights than there were before it, shares in [0, 1]."""
+    if before - after <= _LOST_SHARE:
+        return None
+    return (
+        f"stage {stage_id}: {before:.1%} of the weights were zero before it and {after:.1%} are after it: it does not "
+        "hold the zeros that pruning made. Of the stages that train, put prune with method unstructured last; quantize "
+        "keeps its zeros with effort fast and balanced"
+    )
 
 
 def _weight(layer: nn.Module) -> nn.Parameter:

@@ -69,7 +69,7 @@ class PruneStage(TrainingSettings):
     scope: Literal["global", "isomorphic", "layer"] = Field(
         default="global", description="rank over all layers, over layers of one pattern, or in each"
     )
-    importance: Literal["magnitude", "bn_scale", "taylor", "lamp", "hessian"] = "magnitude"
+    importance: Literal["magnitude", "l1", "bn_scale", "taylor", "lamp", "hessian"] = "magnitude"
     channel_multiple: PositiveInt | None = Field(default=None, description="left out, the target's")
     max_layer_ratio: Fraction = Field(default=0.9, description="no layer loses more than this share of its channels")
     steps: Annotated[int, Field(ge=1, le=100)] = Field(default=1, description="removals, each followed by finetuning")

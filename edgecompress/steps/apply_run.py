@@ -24,7 +24,9 @@ from edgecompress.int8.quantized_model import QuantizedModel, save_quantized
 from edgecompress.int8.scheme import Scheme, resolve_scheme
 from edgecompress.machine import describe_machine, versions
 from edgecompress.models.checkpoint import Checkpoint, describe, example_input, load_checkpoint, save_checkpoint
+from edgecompress.models.complexity import weight_sparsity
 from edgecompress.models.model_building import CreatedModel, copy_of, create_model
+from edgecompress.pruning.weight_masks import lost_zeros
 from edgecompress.run_directory import SCHEMA_VERSION, Json, RunDirectory, write_json
 from edgecompress.settings.factorize_settings import FactorizeStage
 from edgecompress.settings.gates import Gate, accuracy_gate, record_gates, speed_gate
@@ -113,6 +115,7 @@ def apply_recipe(recipe: Recipe, run: RunDirectory, target: Target | None) -> Js
             continue
         _update_entry(run, stage.id, {"status": "running", "started_at": _now()})
         started = time.perf_counter()
+        zeros = 0.0 if isinstance(stage, DistillStage) and stage.model else weight_sparsity(current.module)
         try:
             seed_everything(recipe.seed)
             if isinstance(stage, QuantizeStage):
@@ -131,9 +134,17 @@ def apply_recipe(recipe: Recipe, run: RunDirectory, target: Target | None) -> Js
             console.note(
                 f"stage {stage.id}: accuracy {facts['accuracy']:.2%} ({facts['accuracy_split']}); {facts['summary']}"
             )
+            _warn_of_lost_zeros(run, stage.id, zeros, facts["sparsity"])
     if workers.rank() != 0:
         return run.read_manifest()
     return run.update_manifest(lambda m: _finish(m, recipe, run, target or own_target()))
+
+
+def _warn_of_lost_zeros(run: RunDirectory, stage_id: str, before: float, after: float) -> None:
+    text = lost_zeros(stage_id, before, after)
+    if text is not None:
+        console.warn(text)
+        run.update_manifest(lambda m: m["notes"].append(text))
 
 
 def _initial_model(
@@ -356,7 +367,7 @@ def _quantize(
     facts: Json = {}
     if trained is not None:
         summary, facts = f"{trained.summary}; {summary}", {"qat": trained.facts, "epochs": trained.facts["epochs"]}
-    cost = cost_entry(run, current, stage.id, example_input(current.architecture))
+    cost = cost_entry(run, current, stage.id, example_input(current.architecture)) | {"sparsity": model.sparsity}
     return (
         evaluation_entry(logits, split.labels, data.report_split)
         | cost
