@@ -22,17 +22,26 @@ def main() -> None:
     parser.add_argument("--root", type=Path, required=True)
     parser.add_argument("--teacher-weights", type=Path, required=True)
     parser.add_argument("--student-weights", type=Path, required=True)
-    parser.add_argument("--teacher-epochs", type=int, default=15)
+    parser.add_argument("--teacher-epochs", type=int, default=6)
     parser.add_argument("--epochs", type=int, default=30)
+    parser.add_argument("--teacher-size", type=int, default=160, help="side of the teacher's images in px")
+    parser.add_argument("--size", type=int, default=128, help="side of the students' images in px")
     parser.add_argument("--method", default="kd", choices=("kd", "dkd", "feature", "relation"))
     parser.add_argument("--temperature", type=float, default=2.0)
     arguments = parser.parse_args()
 
     data = {"name": "image_folder", "root": str(arguments.root)}
-    teacher_model: dict[str, Any] = {"name": "timm/tf_efficientnet_lite0"}
-    student_model: dict[str, Any] = {"name": "torchvision/squeezenet1_1", "checkpoint": str(arguments.student_weights)}
+    teacher_model: dict[str, Any] = {
+        "name": "timm/tf_efficientnet_lite0",
+        "preprocessing": {"input_size": arguments.teacher_size, "crop_fraction": 1.0},
+    }
+    student_model: dict[str, Any] = {
+        "name": "torchvision/squeezenet1_1",
+        "checkpoint": str(arguments.student_weights),
+        "preprocessing": {"input_size": arguments.size, "crop_fraction": 1.0},
+    }
     int8 = {"kind": "quantize", "id": "int8", "placement": "full"}
-    augment = {"horizontal_flip": True, "crop_min_area": 0.5}
+    augment = {"horizontal_flip": True, "crop_min_area": 0.7}
     training = {"optimizer": "adamw", "batch_size": 64, "weight_decay": 0.01, "augment": augment}
     taught = {**training, "epochs": arguments.epochs, "learning_rate": 5e-4, "id": "student"}
     teacher = Arm(
@@ -46,8 +55,8 @@ def main() -> None:
                     "kind": "train",
                     "id": "teacher",
                     "epochs": arguments.teacher_epochs,
-                    "learning_rate": 1e-3,
-                    "label_smoothing": 0.1,
+                    "batch_size": 32,
+                    "learning_rate": 5e-4,
                 },
                 int8,
             ],
@@ -61,7 +70,8 @@ def main() -> None:
         stage="student",
     )
     source = {"model": {**teacher_model, "checkpoint": "@teacher/teacher"}, "method": arguments.method}
-    block = {**source, "temperature": arguments.temperature, "alpha": 0.9}
+    # One pass of the teacher over the images as they are: in every step, it would cost more than the student.
+    block = {**source, "temperature": arguments.temperature, "alpha": 0.9, "view": "clean"}
     distilled = Arm(
         "student distilled",
         {
