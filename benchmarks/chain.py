@@ -21,9 +21,10 @@ import yaml
 from arms import INT8, Arm, Benchmark, Result, interval, print_table, spread, stage_accuracy
 
 from edgecompress import pipeline
-from edgecompress.machine import describe_machine, own_target, summarize_machine
-from edgecompress.measuring import measure_latency
-from edgecompress.recipe import find_recipe
+from edgecompress.machine import describe_machine, summarize_machine
+from edgecompress.measure.measuring import measure_latency
+from edgecompress.settings.recipe import find_recipe
+from edgecompress.settings.target import own_target
 
 STEPS = ("dense", "distilled", "pruned", "int8")
 

@@ -79,7 +79,9 @@ def arms_of(arguments: argparse.Namespace) -> list[Arm]:
         arms.append(pruned(f"L1 {name}", steps=1, scope="layer", importance="l1", **cut))
         arms.append(pruned(f"L1 {name}, taught", steps=1, scope="layer", importance="l1", teacher=teacher, **cut))
     for name, sparsity in SPARSE.items():
-        arms.append(pruned(name, steps=arguments.sparse_steps, method="unstructured", sparsity=sparsity, teacher=teacher))
+        arms.append(
+            pruned(name, steps=arguments.sparse_steps, method="unstructured", sparsity=sparsity, teacher=teacher)
+        )
     return arms
 
 

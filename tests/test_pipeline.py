@@ -223,12 +223,13 @@ def test_zeros_reach_int8_and_a_stage_that_loses_them_is_warned_of(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pruned = "  - {id: pruned, kind: prune, method: unstructured, sparsity: 0.6, epochs: 1, warmup_epochs: 0}\n"
-    outcome = pipeline.apply(str(_checkpoint_recipe(tmp_path, pruned)), output=tmp_path / "kept")
+    int8 = "  - {id: int8, kind: quantize, placement: full, calibration: {samples: 32}}\n"
+    outcome = pipeline.apply(str(_checkpoint_recipe(tmp_path, pruned + int8)), output=tmp_path / "kept")
     assert outcome.manifest["stages"][1]["sparsity"] >= 0.6
     assert "were zero before it" not in capsys.readouterr().err
 
-    tuned = pruned + "  - {id: tuned, kind: train, epochs: 1, warmup_epochs: 0}\n"
-    outcome = pipeline.apply(str(_checkpoint_recipe(tmp_path, tuned)), output=tmp_path / "lost")
+    tuned = "  - {id: tuned, kind: train, epochs: 1, warmup_epochs: 0}\n"
+    outcome = pipeline.apply(str(_checkpoint_recipe(tmp_path, pruned + tuned + int8)), output=tmp_path / "lost")
     assert outcome.manifest["stages"][1]["sparsity"] < 0.1
     expected = "stage tuned: 60.0% of the weights were zero before it and"
     assert expected in " ".join(capsys.readouterr().err.split())

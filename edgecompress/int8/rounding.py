@@ -163,7 +163,8 @@ def _explicit_padding(inputs: Tensor, mode: str, kernel: tuple[int, ...], dilati
 def _gptq(rows: Tensor, steps: Tensor, hessian: Tensor, is_zero: Tensor, low: int, high: int) -> Tensor:
     """Round `rows` [groups, out, columns] column by column, spreading each error over the columns still to come.
 
-    `steps` [groups, out] are the scales; where `is_zero`, the integer is 0. Columns go from the largest Hessian diagonal to the smallest ("act order").
+    `steps` [groups, out] are the scales; where `is_zero`, the integer is 0. Columns go from the largest Hessian
+    diagonal to the smallest ("act order").
     """
     diagonal = hessian.diagonal(dim1=1, dim2=2)
     dead = diagonal == 0
