@@ -13,9 +13,10 @@ from edgecompress.cli import app
 from edgecompress.errors import ConfigurationError
 from edgecompress.machine import fits, has_vnni
 from edgecompress.measure.profiling import not_at_hand
-from edgecompress.settings.configuration import parse_yaml, validate
+from edgecompress.settings.configuration import validate
 from edgecompress.settings.target import Target, load_target
 from edgecompress.settings.target_detection import cache_bytes, detected_target
+from edgecompress.settings.yaml_files import parse_yaml
 from test_machine import ARM, write
 
 CACHE = "sys/devices/system/cpu/cpu0/cache/"

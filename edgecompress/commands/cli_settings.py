@@ -24,7 +24,7 @@ def _add_settings_commands(group: typer.Typer, folder: str) -> None:
     @group.command("list", help=f"List the shipped {folder}.")
     def list_command(as_json: JsonOption = False, no_gate: NoGateOption = False) -> None:
         with reporting_errors(as_json):
-            from edgecompress.settings.configuration import read_yaml_mapping
+            from edgecompress.settings.yaml_files import read_yaml_mapping
             from edgecompress.shipped import shipped_files, shipped_name
 
             rows = []
@@ -39,8 +39,7 @@ def _add_settings_commands(group: typer.Typer, folder: str) -> None:
     @group.command("show", help=f"Print a {kind}'s file, comments included.")
     def show_command(name: NameArgument, as_json: JsonOption = False, no_gate: NoGateOption = False) -> None:
         with reporting_errors(as_json):
-            from edgecompress.settings.configuration import read_yaml_mapping
-            from edgecompress.settings.recipe import find_settings
+            from edgecompress.settings.yaml_files import find_settings, read_yaml_mapping
 
             path = find_settings(name, kind="recipe" if kind == "recipe" else "target")
             if as_json:
@@ -85,8 +84,8 @@ def detect_command(
 ) -> None:
     """Write a target file for this machine, with comments."""
     with reporting_errors(as_json):
-        from edgecompress.settings.configuration import parse_yaml
         from edgecompress.settings.target_detection import DEFAULT_NAME, detected_target, write_target
+        from edgecompress.settings.yaml_files import parse_yaml
 
         text = detected_target(name=name or (output.stem if output is not None else DEFAULT_NAME))
         if output is not None:

@@ -21,8 +21,8 @@ import torchvision
 from edgecompress.data.image_folder import read_image_folder
 from edgecompress.data.images import MAX_CLASSES, SPLIT_NAMES, ArrayItems, ImageSplit, Source
 from edgecompress.errors import DataError
-from edgecompress.settings.configuration import did_you_mean, nearest
 from edgecompress.settings.recipe import DataSettings
+from edgecompress.settings.spelling import did_you_mean, nearest
 from edgecompress.settings.user_code import call_function
 
 CACHE_FOLDER = Path("~/.cache/edgecompress")

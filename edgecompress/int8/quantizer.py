@@ -31,7 +31,7 @@ from torchao.quantization.pt2e.quantizer import (
 from edgecompress.errors import ConfigurationError
 from edgecompress.int8.decompose import decompose_activations, flatten_linears
 from edgecompress.int8.scheme import Scheme
-from edgecompress.settings.configuration import did_you_mean
+from edgecompress.settings.spelling import did_you_mean
 
 _ANNOTATION = "quantization_annotation"
 aten = torch.ops.aten

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from edgecompress.errors import ConfigurationError, PruningError
 from edgecompress.models.complexity import weight_layers
-from edgecompress.settings.configuration import did_you_mean
+from edgecompress.settings.spelling import did_you_mean
 
 PruningRecord = tuple[str, bool, tuple[int, ...]]
 """(module name, whether output channels, indices removed), one cut of a coupled group."""

@@ -18,8 +18,8 @@ import torchvision
 
 from edgecompress.errors import ModelError
 from edgecompress.models.nets import SMALL_NETS
-from edgecompress.settings.configuration import nearest
 from edgecompress.settings.model_settings import PreprocessingSettings
+from edgecompress.settings.spelling import nearest
 from edgecompress.settings.user_code import is_user_code
 
 TIMM, TORCHVISION = "timm/", "torchvision/"

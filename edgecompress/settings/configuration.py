@@ -1,34 +1,26 @@
-"""YAML and command-line overrides in, frozen pydantic models out, with every fault named at once.
+"""Parsed YAML and command-line overrides in, frozen pydantic models out, with every fault named at once.
 
-What enters: a YAML file and dotted `--set` overrides. What leaves: one validated model. Recipes and
+What enters: a parsed file and dotted `--set` overrides. What leaves: one validated model. Recipes and
 targets share this module, so that both report faults in the same way: the place in the file, what is
 wrong, and the nearest valid spelling.
 """
 
 from __future__ import annotations
 
-import difflib
 import re
 import reprlib
 import types
 import typing
-from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, TypeVar
 
-import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
 from edgecompress.errors import ConfigurationError
+from edgecompress.settings.spelling import did_you_mean
+from edgecompress.settings.yaml_files import parse_yaml
 
 Settings = TypeVar("Settings", bound="FrozenSettings")
-
-# A recipe is a page of text. The limits stop a file that expands without end (YAML aliases) early.
-MAX_YAML_BYTES = 1_000_000
-MAX_YAML_NODES = 20_000
-
-# PyYAML's constructors let many unrelated errors out: `!!bool x` a KeyError, `!!timestamp x` an AttributeError.
-_YAML_ERRORS = (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
 
 
 class FrozenSettings(BaseModel):
@@ -56,93 +48,6 @@ Fraction = Annotated[float, AfterValidator(_open_fraction)]
 
 ClosedFraction = Annotated[float, AfterValidator(_closed_fraction)]
 """A ratio in the closed interval [0, 1]."""
-
-
-class _StrictLoader(yaml.SafeLoader):
-    """Safe YAML that refuses duplicate keys (a second `stages:` would silently win) and floods."""
-
-    node_count = 0
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        self.node_count += 1
-        if self.node_count > MAX_YAML_NODES:
-            raise yaml.YAMLError(f"the file holds over {MAX_YAML_NODES} nodes")
-        if self.check_event(yaml.events.AliasEvent):
-            line = self.peek_event().start_mark.line + 1  # type: ignore[no-untyped-call]
-            raise yaml.YAMLError(f"line {line}: YAML aliases are not supported; write the value out")
-        return super().compose_node(parent, index)
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        if not isinstance(node, yaml.MappingNode):
-            raise yaml.YAMLError(f"line {node.start_mark.line + 1}: expected a mapping")
-        seen: set[Any] = set()
-        for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if not isinstance(key, str):
-                raise yaml.YAMLError(f"line {key_node.start_mark.line + 1}: the key {key!r} is not text")
-            if key in seen:
-                raise yaml.YAMLError(f"line {key_node.start_mark.line + 1}: the key '{key}' stands twice")
-            seen.add(key)
-        return typing.cast(dict[Any, Any], super().construct_mapping(node, deep=deep))
-
-
-# YAML 1.1 reads 1e-3 as text, since it wants a dot; people write 1e-3.
-_StrictLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?[0-9]+(?:\.[0-9]*)?[eE][-+]?[0-9]+$"),
-    list("-+0123456789"),
-)
-
-
-def parse_yaml(text: str, *, source: str) -> Any:
-    """Parse one YAML document safely; `source` names it in messages. Raises ConfigurationError."""
-    if len(text) > MAX_YAML_BYTES:
-        raise ConfigurationError(f"{source}: larger than {MAX_YAML_BYTES} bytes; this is not a recipe or a target")
-    try:
-        return yaml.load(text, Loader=_StrictLoader)
-    except _YAML_ERRORS as error:
-        raise ConfigurationError(f"{source}: not valid YAML: {_yaml_detail(error)}") from error
-
-
-def _yaml_detail(error: Exception) -> str:
-    if isinstance(error, RecursionError):
-        return "nested too deeply"
-    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
-        mark = error.problem_mark
-        context = f" ({error.context})" if error.context else ""
-        return f"line {mark.line + 1}, column {mark.column + 1}: {error.problem}{context}"
-    return f"{' '.join(str(error).split())}" or type(error).__name__
-
-
-def read_yaml_mapping(path: Path) -> dict[str, Any]:
-    """Read a YAML file whose top level is a mapping. Raises ConfigurationError."""
-    try:
-        with path.open("rb") as stream:
-            text = stream.read(MAX_YAML_BYTES + 1).decode("utf-8")
-    except OSError as error:
-        raise ConfigurationError(f"{path}: cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise ConfigurationError(f"{path}: is not text (UTF-8); expected a YAML file") from error
-    document = parse_yaml(text, source=str(path))
-    if not isinstance(document, dict):
-        kind = "nothing" if document is None else f"a {type(document).__name__}"
-        raise ConfigurationError(f"{path}: expected a mapping of settings (name: value) at the top level, found {kind}")
-    return typing.cast(dict[str, Any], document)
-
-
-def nearest(name: str, candidates: Iterable[str]) -> str | None:
-    """The candidate spelled most like `name`, or None when none is close."""
-    matches = difflib.get_close_matches(name, list(candidates), n=1, cutoff=0.6)
-    return matches[0] if matches else None
-
-
-def did_you_mean(name: str, candidates: Iterable[str]) -> str:
-    """The suffix '; did you mean ...?' or, when nothing is close, the list of what exists."""
-    names = sorted(set(candidates))
-    match = nearest(name, names)
-    if match is not None:
-        return f"; did you mean '{match}'?"
-    return f"; known: {', '.join(names)}" if names else ""
 
 
 def apply_overrides(document: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:

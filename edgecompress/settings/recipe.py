@@ -7,29 +7,20 @@ made again. Fields carry their units; ratios are fractions.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, PositiveInt, model_validator
 
-from edgecompress.errors import ConfigurationError
-from edgecompress.settings.configuration import (
-    ClosedFraction,
-    Fraction,
-    FrozenSettings,
-    apply_overrides,
-    did_you_mean,
-    read_yaml_mapping,
-    validate,
-)
+from edgecompress.settings.configuration import ClosedFraction, Fraction, FrozenSettings, apply_overrides, validate
 from edgecompress.settings.factorize_settings import FactorizeStage
 from edgecompress.settings.model_settings import Identifier, ModelSettings
 from edgecompress.settings.prune_settings import PruneStage
+from edgecompress.settings.spelling import did_you_mean
 from edgecompress.settings.teacher_settings import TeacherSettings
 from edgecompress.settings.training_settings import TrainingSettings
-from edgecompress.shipped import shipped_files, shipped_name, shipped_path
+from edgecompress.settings.yaml_files import find_settings, read_yaml_mapping
 
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 
@@ -256,18 +247,3 @@ def load_recipe(source: str, overrides: Sequence[str] = ()) -> Recipe:
 def find_recipe(source: str) -> Path:
     """The file of a recipe given by path or by shipped name. Raises ConfigurationError."""
     return find_settings(source, kind="recipe")
-
-
-def find_settings(source: str, *, kind: Literal["recipe", "target"]) -> Path:
-    """The file of a recipe or target given by path or by shipped name. Raises ConfigurationError."""
-    path = Path(source)
-    with contextlib.suppress(OSError):  # a name too long for a file, or in a folder that may not be read
-        if path.is_file():
-            return path
-    shipped = shipped_path(f"{kind}s", source)
-    if shipped is not None:
-        return shipped
-    names = [shipped_name(f"{kind}s", file) for file in shipped_files(f"{kind}s")]
-    looks_like_path = path.suffix in (".yaml", ".yml") or "/" in source
-    problem = "no such file" if looks_like_path else f"no file and no shipped {kind} of that name"
-    raise ConfigurationError(f"{kind} '{source}': {problem}{did_you_mean(source.removesuffix(path.suffix), names)}")

@@ -23,10 +23,10 @@ from pydantic import (
 )
 
 from edgecompress.machine import RELEVANT_FEATURES, architecture
-from edgecompress.settings.configuration import ClosedFraction, FrozenSettings, read_yaml_mapping, validate
+from edgecompress.settings.configuration import ClosedFraction, FrozenSettings, validate
 from edgecompress.settings.model_settings import Identifier
 from edgecompress.settings.onnx_versions import OLDEST, OPSETS, newest_read, oldest_ir, oldest_release
-from edgecompress.settings.recipe import find_settings
+from edgecompress.settings.yaml_files import find_settings, read_yaml_mapping
 
 # Session keys that matter on a CPU, for hints alone: ONNX Runtime takes any key, and ignores a misspelt one in silence.
 # Source: onnxruntime_session_options_config_keys.h of the onnxruntime repository.

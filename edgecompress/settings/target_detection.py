@@ -16,9 +16,10 @@ import yaml
 from edgecompress.errors import ConfigurationError
 from edgecompress.machine import ROOT, VNNI_FEATURES, describe_machine, versions
 from edgecompress.run_directory import write_text
-from edgecompress.settings.configuration import parse_yaml, validate
+from edgecompress.settings.configuration import validate
 from edgecompress.settings.onnx_versions import OPSETS, newest_read
 from edgecompress.settings.target import Target
+from edgecompress.settings.yaml_files import parse_yaml
 
 DEFAULT_NAME = "this-machine"
 _QUANTIZATION = "https://onnxruntime.ai/docs/performance/model-optimizations/quantization.html"

@@ -18,7 +18,7 @@ from types import ModuleType
 from typing import Any
 
 from edgecompress.errors import InputError, ModelError
-from edgecompress.settings.configuration import did_you_mean
+from edgecompress.settings.spelling import did_you_mean
 
 
 def is_user_code(name: str) -> bool:

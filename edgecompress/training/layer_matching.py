@@ -19,7 +19,7 @@ from torch.utils.hooks import RemovableHandle
 
 from edgecompress.errors import ConfigurationError, TrainingError
 from edgecompress.models.complexity import weight_layers
-from edgecompress.settings.configuration import did_you_mean
+from edgecompress.settings.spelling import did_you_mean
 
 # Modules that say nothing of their own: a dropout's output is its input with noise.
 _PASSING = (nn.Identity, nn.Dropout, nn.Dropout2d)
