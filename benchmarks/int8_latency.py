@@ -35,6 +35,7 @@ from torch.nn import functional
 from edgecompress.data.preprocessing import Preprocessing
 from edgecompress.exporting.onnx_export import INPUT_NAME, OUTPUT_NAME, Provenance, export_onnx, open_session
 from edgecompress.exporting.parity import sqnr_db
+from edgecompress.int8.conv_kernels import choose_conv_kernels, use_matrix_products
 from edgecompress.int8.post_training import quantize
 from edgecompress.int8.scheme import resolve_scheme
 from edgecompress.machine import describe_machine, summarize_machine, versions
@@ -147,6 +148,10 @@ def write_ours(module: nn.Module, path: Path, target: Target) -> None:
     scheme, _ = resolve_scheme(stage, target)
     made = quantize(module, stage=stage, scheme=scheme, calibration=batches, batches=BATCHES, example=images(2, 0))
     write_onnx(made.graph, path, target)
+    chosen = choose_conv_kernels(path, target)  # as `export` does
+    if chosen is not None:
+        Console(stderr=True).print(f"{path.name}: {chosen.sentence}")
+        use_matrix_products(path, chosen.nodes)
 
 
 def _theirs(fp32: Path, path: Path) -> None:

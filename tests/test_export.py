@@ -249,7 +249,9 @@ def test_a_file_that_the_checker_refuses_does_not_replace_an_older_one(
 
     path = tmp_path / "model.onnx"
     path.write_bytes(b"the older one")
-    monkeypatch.setattr("edgecompress.exporting.onnx_export.translate", lambda *_: SimpleNamespace(model_proto=onnx.load(file.path)))
+    monkeypatch.setattr(
+        "edgecompress.exporting.onnx_export.translate", lambda *_: SimpleNamespace(model_proto=onnx.load(file.path))
+    )
     monkeypatch.setattr("edgecompress.exporting.onnx_export.check_file", refuse)
     with pytest.raises(ExportError, match="refused"):
         export(file.module, path)

@@ -69,6 +69,10 @@ class Int8Scheme(FrozenSettings):
     weight_bits: Literal[7, 8, "auto"] = Field(
         default="auto", description="bits of weights; 7 keeps 16-bit sums from saturating on x86 without VNNI"
     )
+    conv_kernels: Literal["symmetric", "auto"] = Field(
+        default="symmetric",
+        description="the kernels of convolutions: the runtime's own for them, or each one's fastest, measured here",
+    )
 
 
 class SessionSettings(FrozenSettings):

@@ -100,6 +100,7 @@ def _text(name: str, machine: dict[str, Any], caches: dict[str, int], runtime: s
         "int8:",
         f"  activations: {activations}",
         f"  weight_bits: {bits}",
+        "  conv_kernels: auto             # each convolution's fastest kernel, measured when a model is exported here",
         "channel_multiple: 8",
         f"onnxruntime_min: '{minimum}'          # {note}",
         f"opset: {OPSETS[0]}",

@@ -42,6 +42,7 @@ from edgecompress.exporting.parity_variants import (
 )
 from edgecompress.exporting.preprocessing_graph import FLOAT_FORM, PIXEL_FORM, InputForm, input_form
 from edgecompress.exporting.samples import save_samples
+from edgecompress.int8.conv_kernels import choose_conv_kernels, use_matrix_products
 from edgecompress.int8.quantized_model import QuantizedModel, load_quantized
 from edgecompress.int8.scheme import Scheme, resolve_scheme
 from edgecompress.machine import versions
@@ -233,6 +234,7 @@ def _export_int8(work: _Work, parity: Json, onnx_logits: Logits, labels: NDArray
     console.note(f"exporting int8 ONNX to {work.folder / INT8_FILE}")
     work.export(model.graph, INT8_FILE, work.float_model, precision="int8", scheme=str(scheme.to_dict()))
     path = work.plain / INT8_FILE
+    kernels = _choose_kernels(work, path)
     int8_logits = run_onnx(path, work.split, work.preprocessing, work.indices)
     graph = inspect_integer_graph(path, on_arm=target.architecture == "aarch64")
     parity["onnx_int8"] = compare_int8(onnx_logits, int8_logits, torch_int8_logits, labels, recipe.gates) | {
@@ -240,10 +242,28 @@ def _export_int8(work: _Work, parity: Json, onnx_logits: Logits, labels: NDArray
         "op_counts": graph.op_counts,
         "int8_mac_coverage": graph.int8_mac_coverage,
         "float_layers": list(model.float_layers),
+        "matrix_product_convs": kernels,
     }
     parity["classes"] = class_changes(onnx_logits, int8_logits, labels, work.data.class_names)
     parity["worst_class"] = worst_class(parity["classes"], recipe.gates)
     return int8_logits
+
+
+def _choose_kernels(work: _Work, path: Path) -> int:
+    """Let convolutions of the int8 file run through their fastest kernels; returns how many changed theirs.
+
+    A choice that was made for this target before is made again without measuring.
+    """
+    what = f"conv_kernels:{work.target.name}"
+    recorded = decision_of(work.run.read_manifest(), what)
+    if recorded is not None:
+        return use_matrix_products(path, recorded["value"]["nodes"])
+    chosen = choose_conv_kernels(path, work.target)
+    if chosen is None:
+        return 0
+    console.note(chosen.sentence)
+    work.run.update_manifest(lambda m: record_decision(m, what, chosen.to_dict(), chosen.sentence))
+    return use_matrix_products(path, chosen.nodes)
 
 
 def _name_the_layer(work: _Work, part: Json, subset: Subset) -> None:
