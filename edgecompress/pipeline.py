@@ -42,6 +42,7 @@ from edgecompress.steps.profile_run import profile_run
 from edgecompress.steps.run_state import recipe_document, recipe_of
 from edgecompress.steps.sensitivity_run import FILE as SENSITIVITY_FILE
 from edgecompress.steps.sensitivity_run import sensitivity_run
+from edgecompress.steps.stage_cache import StageCache
 from edgecompress.training import workers
 
 INT8_IMAGES, CHANNEL_IMAGES = 32, 256  # held-out images of sensitivity; accuracy needs more of them than decibels
@@ -70,10 +71,12 @@ def apply(
     overrides: Sequence[str] = (),
     output: Path | None = None,
     resume: bool = False,
+    cache: Path | None = None,
     command: str = "",
 ) -> Outcome:
-    """Apply a recipe's stages in PyTorch."""
+    """Apply a recipe's stages in PyTorch. Stages that `cache` holds are taken from there, others are kept there."""
     recipe = load_recipe(recipe_source, overrides)
+    stages = _open_cache(cache)
     resolved = load_target(target) if target is not None else None
     names = [resolved.name] if resolved else []
     if workers.rank() != 0:
@@ -84,7 +87,7 @@ def apply(
     if run.read_manifest()["status"] == "complete":
         return _already_complete(run)
     with _recorded(started):
-        apply_recipe(recipe, run, resolved)
+        apply_recipe(recipe, run, resolved, cache=stages)
     manifest = run.read_manifest()
     return Outcome(run, manifest, missed_gates(manifest))
 
@@ -246,11 +249,13 @@ def run(
     resume: bool = False,
     seconds: float | None = None,
     thoroughness: str = STANDARD,
+    cache: Path | None = None,
     command: str = "",
 ) -> Outcome:
-    """Apply, export with int8, profile and report, for one target or several."""
+    """Apply, export with int8, profile and report, for one target or several. `cache` is as in `apply`."""
     seconds = _seconds(seconds, thoroughness)
     recipe = load_recipe(recipe_source, overrides)
+    stages = _open_cache(cache)
     resolved = _load_targets(targets)
     names = [target.name for target in resolved]
     if workers.rank() != 0:
@@ -265,7 +270,7 @@ def run(
     reports: dict[str, ReportPaths] = {}
     how: Json = {"seconds": seconds, "thoroughness": thoroughness}
     with _recorded(started):
-        apply_recipe(recipe, directory, resolved[0])
+        apply_recipe(recipe, directory, resolved[0], cache=stages)
         for target in resolved:
             folder = export_folder(directory, target)
             export_run(directory, target, int8=True)
@@ -278,6 +283,15 @@ def run(
     missed = missed_gates(manifest, without_speed_on=judged)
     missed += [text for profile in profiles.values() for text in profile["missed"]]
     return Outcome(directory, manifest, list(dict.fromkeys(missed)), profiles, reports)
+
+
+def _open_cache(folder: Path | None) -> StageCache | None:
+    """The cache of stages that was asked for. Raises ConfigurationError where several processes would fill it."""
+    if folder is None:
+        return None
+    if workers.world_size() > 1:
+        raise ConfigurationError("--cache works with one process; leave it out where several train together")
+    return StageCache(folder)
 
 
 def _seconds(seconds: float | None, thoroughness: str) -> float:

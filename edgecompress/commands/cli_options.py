@@ -21,6 +21,9 @@ SetOption = Annotated[
 ]
 OutputOption = Annotated[Path | None, typer.Option("--output", help="The run directory to make.")]
 ResumeOption = Annotated[bool, typer.Option("--resume/--no-resume", help="Go on in --output where it stopped.")]
+CacheOption = Annotated[
+    Path | None, typer.Option("--cache", help="A folder of finished stages: taken from there, and kept there.")
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
 NoGateOption = Annotated[bool, typer.Option("--no-gate", help="End with 0 where a gate or budget was missed.")]
 QuietOption = Annotated[bool, typer.Option("--quiet", help="Print warnings and the result only.")]

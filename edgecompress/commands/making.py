@@ -11,6 +11,7 @@ import typer
 
 from edgecompress.commands.checks import require_recipe_and_targets, require_run_and_target, thoroughness_of
 from edgecompress.commands.cli_options import (
+    CacheOption,
     JsonOption,
     NoGateOption,
     OptionalTarget,
@@ -39,6 +40,7 @@ def apply(
     overrides: SetOption = None,
     output: OutputOption = None,
     resume: ResumeOption = False,
+    cache: CacheOption = None,
     as_json: JsonOption = False,
     no_gate: NoGateOption = False,
     quiet: QuietOption = False,
@@ -50,7 +52,13 @@ def apply(
         from edgecompress import pipeline
 
         return pipeline.apply(
-            recipe, target=target, overrides=overrides or (), output=output, resume=resume, command=command_line()
+            recipe,
+            target=target,
+            overrides=overrides or (),
+            output=output,
+            resume=resume,
+            cache=cache,
+            command=command_line(),
         )
 
     finish(work, lambda outcome: outcome.manifest, as_json, no_gate, quiet)
@@ -97,6 +105,7 @@ def run_command(
     overrides: SetOption = None,
     output: OutputOption = None,
     resume: ResumeOption = False,
+    cache: CacheOption = None,
     seconds: SecondsOption = None,
     quick: QuickOption = False,
     thorough: ThoroughOption = False,
@@ -119,6 +128,7 @@ def run_command(
             resume=resume,
             seconds=seconds,
             thoroughness=thoroughness,
+            cache=cache,
             command=command_line(),
         )
 

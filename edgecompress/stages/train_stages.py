@@ -66,6 +66,12 @@ class Decide(Protocol):
     def __call__(self, what: str, make: Callable[[], tuple[Json, str]]) -> Json: ...
 
 
+class Watch(Protocol):
+    """Sees the model of stage `stage_id` after each epoch, in training mode; may raise to end the stage there."""
+
+    def __call__(self, stage_id: str, record: EpochRecord, checkpoint: Checkpoint) -> None: ...
+
+
 @dataclass(frozen=True)
 class StageContext:
     """What every stage may need beside its own settings."""
@@ -80,6 +86,8 @@ class StageContext:
     """Keeps what is found by measuring, so that a run that goes on does not find something else."""
     on_epoch: Callable[[str, EpochRecord], None]
     """Called with the phase of the stage (a stage that cuts in steps fits several times) and each epoch's record."""
+    watch: Watch | None = None
+    """Called after `on_epoch` with the model itself."""
     progress: Progress | None = None
     """Where a fit saves how far it is; None saves nothing."""
     early_path: Path | None = None
@@ -227,6 +235,8 @@ def fit_stage(
         if path is not None and record.epoch == context.early_epoch and not path.is_file():
             save_weights(checkpoint.module, path)
         context.on_epoch(step, record)
+        if context.watch is not None:
+            context.watch(identifier, record, checkpoint)
 
     with loss.watching(checkpoint.module, example_input(checkpoint.architecture)):
         return fit(

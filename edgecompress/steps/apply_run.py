@@ -7,23 +7,17 @@ folder per stage and a manifest that is true after every stage, so that a run th
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from edgecompress import console
-from edgecompress.data.run_data import ImageData, calibration_indices, open_data
+from edgecompress.data.run_data import ImageData, open_data
 from edgecompress.errors import RunError
-from edgecompress.int8.placement_trial import HeldOut
-from edgecompress.int8.post_training import quantize
-from edgecompress.int8.quantized_model import QuantizedModel, save_quantized
-from edgecompress.int8.scheme import Scheme, resolve_scheme
 from edgecompress.machine import describe_machine, versions
-from edgecompress.models.checkpoint import Checkpoint, describe, example_input, load_checkpoint, save_checkpoint
+from edgecompress.models.checkpoint import Checkpoint, example_input, load_checkpoint, save_checkpoint
 from edgecompress.models.complexity import weight_sparsity
 from edgecompress.models.model_building import CreatedModel, copy_of, create_model
 from edgecompress.pruning.weight_masks import lost_zeros
@@ -31,13 +25,13 @@ from edgecompress.run_directory import SCHEMA_VERSION, Json, RunDirectory, write
 from edgecompress.settings.factorize_settings import FactorizeStage
 from edgecompress.settings.gates import Gate, accuracy_gate, record_gates, speed_gate
 from edgecompress.settings.prune_settings import PruneStage
-from edgecompress.settings.recipe import DistillStage, QatStage, QuantizeStage, Recipe, TrainStage
+from edgecompress.settings.recipe import DistillStage, QuantizeStage, Recipe, Stage, TrainStage
 from edgecompress.settings.target import Target, own_target
 from edgecompress.settings.training_settings import TrainingSettings
 from edgecompress.stages.factorize_stage import factorize_stage
 from edgecompress.stages.prune_stages import prune_stage
-from edgecompress.stages.train_stages import PreparedSplits, qat_stage, run_stage
-from edgecompress.steps.placement_run import Placed, confirmed, held_out, limits_of, place, with_float_layers
+from edgecompress.stages.train_stages import PreparedSplits, Watch, run_stage
+from edgecompress.steps.quantize_run import run_quantize_stage
 from edgecompress.steps.run_state import (
     INITIAL,
     cost_entry,
@@ -45,15 +39,15 @@ from edgecompress.steps.run_state import (
     evaluation_entry,
     last_float_id,
     recipe_document,
-    record_decision,
     require_same_data,
     save_logits,
     seed_everything,
 )
-from edgecompress.steps.training_context import training_context
+from edgecompress.steps.stage_cache import StageCache
+from edgecompress.steps.stage_key import stage_key
+from edgecompress.steps.training_context import stage_progress, training_context
 from edgecompress.training import workers
 from edgecompress.training.evaluate import collect_logits
-from edgecompress.training.training_state import Progress
 
 
 def start_manifest(recipe: Recipe, *, source: str, overrides: list[str], targets: list[str], command: str) -> Json:
@@ -92,8 +86,18 @@ def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def apply_recipe(recipe: Recipe, run: RunDirectory, target: Target | None) -> Json:
-    """Run every stage that is not complete yet; returns the manifest. `target` None means the machine at hand."""
+def apply_recipe(
+    recipe: Recipe,
+    run: RunDirectory,
+    target: Target | None,
+    *,
+    cache: StageCache | None = None,
+    watch: Watch | None = None,
+) -> Json:
+    """Run every stage that is not complete yet; returns the manifest. `target` None means the machine at hand.
+
+    A stage that `cache` holds is taken from there. `watch` sees every epoch of the stages that train, and may raise.
+    """
     data = open_data(recipe.data)
     manifest = run.read_manifest()
     if "data" in manifest:
@@ -116,24 +120,22 @@ def apply_recipe(recipe: Recipe, run: RunDirectory, target: Target | None) -> Js
         _update_entry(run, stage.id, {"status": "running", "started_at": _now()})
         started = time.perf_counter()
         zeros = 0.0 if isinstance(stage, DistillStage) and stage.model else weight_sparsity(current.module)
+        work = _StageWork(recipe, stage, run, current, data, splits, target, earlier, watch)
         try:
-            seed_everything(recipe.seed)
-            if isinstance(stage, QuantizeStage):
-                facts = _quantize(recipe, stage, run, current, data, splits, target)
-            else:
-                current, facts = _train(recipe, stage, run, current, data, splits, target, earlier)
-                earlier[stage.id] = current
+            facts = work.run() if cache is None else work.run_cached(cache)
         except BaseException as error:
             _update_entry(run, stage.id, {"status": "failed", "error": str(error) or type(error).__name__})
             raise
+        if not isinstance(stage, QuantizeStage):
+            current = earlier[stage.id] = work.result
         facts |= {"status": "complete", "seconds": time.perf_counter() - started, "error": None}
         write_json(run.stage(stage.id) / "result.json", {"id": stage.id, "kind": stage.kind, **facts})
         _update_entry(run, stage.id, facts)
-        _progress(run, stage.id).clear()
+        stage_progress(run, stage.id).clear()
         if workers.rank() == 0:
-            console.note(
-                f"stage {stage.id}: accuracy {facts['accuracy']:.2%} ({facts['accuracy_split']}); {facts['summary']}"
-            )
+            kept = f"taken from {cache.folder}: " if cache is not None and "cache" in facts else ""
+            accuracy = f"accuracy {facts['accuracy']:.2%} ({facts['accuracy_split']})"
+            console.note(f"stage {stage.id}: {kept}{accuracy}; {facts['summary']}")
             _warn_of_lost_zeros(run, stage.id, zeros, facts["sparsity"])
     if workers.rank() != 0:
         return run.read_manifest()
@@ -207,174 +209,78 @@ def _evaluate(
     return evaluation_entry(logits, split.labels, data.report_split) | cost
 
 
-def _train(
-    recipe: Recipe,
-    stage: TrainStage | DistillStage | PruneStage | FactorizeStage,
-    run: RunDirectory,
-    current: Checkpoint,
-    data: ImageData,
-    splits: PreparedSplits,
-    target: Target | None,
-    earlier: dict[str, Checkpoint],
-) -> tuple[Checkpoint, Json]:
-    labels: Json = {"stage": stage.id}
-    context = training_context(
-        recipe, run, data, splits, target, labels, earlier=earlier.__getitem__, progress=_progress(run, stage.id)
-    )
-    if isinstance(stage, PruneStage):
-        outcome = prune_stage(stage, current, context)
-    elif isinstance(stage, FactorizeStage):
-        outcome = factorize_stage(stage, current, context)
-    else:
-        outcome = run_stage(stage, current, context)
-    save_checkpoint(outcome.checkpoint, run.stage(stage.id))
-    if workers.rank() != 0:
-        return outcome.checkpoint, {}
-    facts = _evaluate(run, stage.id, outcome.checkpoint, data, splits)
-    return outcome.checkpoint, facts | {"epochs": outcome.epochs, "summary": outcome.summary}
+@dataclass
+class _StageWork:
+    """One stage of a run that is to be done: computed, or taken from a cache."""
 
+    recipe: Recipe
+    stage: Stage
+    run_directory: RunDirectory
+    current: Checkpoint
+    data: ImageData
+    splits: PreparedSplits
+    target: Target | None
+    earlier: dict[str, Checkpoint]
+    watch: Watch | None
+    result: Checkpoint = field(init=False)
 
-def _progress(run: RunDirectory, stage_id: str) -> Progress:
-    return Progress(run.stage(stage_id) / "progress")
+    def run(self) -> Json:
+        """Compute the stage; returns its facts. `result` holds the new model of a float stage."""
+        seed_everything(self.recipe.seed)
+        if not isinstance(self.stage, QuantizeStage):
+            return self._train(self.stage)
+        shared = (self.current, self.data, self.splits, self.target)
+        return run_quantize_stage(self.recipe, self.stage, self.run_directory, *shared)
 
-
-def quantize_for(
-    recipe: Recipe,
-    stage: QuantizeStage,
-    scheme: Scheme,
-    source: Checkpoint,
-    data: ImageData,
-    splits: PreparedSplits,
-) -> tuple[QuantizedModel, int]:
-    """Quantize a float checkpoint under a scheme; returns the int8 model and the number of calibration images."""
-    preprocessing = source.architecture.preprocessing
-    train = splits.get("train", preprocessing)
-    indices = torch.from_numpy(calibration_indices(train.labels.numpy(), stage.calibration.samples, recipe.seed))
-    size = stage.calibration.batch_size
-
-    def batches() -> Iterator[Tensor]:
-        for images, _ in train.batches(size, indices=indices):
-            yield preprocessing.normalize(images).contiguous(memory_format=torch.channels_last)
-
-    model = quantize(
-        source.module,
-        stage=stage,
-        scheme=scheme,
-        calibration=batches,
-        batches=-(-len(indices) // size),
-        example=example_input(source.architecture),
-    )
-    return model, len(indices)
-
-
-@dataclass(frozen=True)
-class _Int8:
-    """The int8 model in its placement, and what judged it; `images` None where the recipe asks for full int8."""
-
-    model: QuantizedModel
-    samples: int
-    placed: Placed
-    images: HeldOut | None = None
-    is_measured: bool = False
-
-
-def _placed_model(
-    recipe: Recipe,
-    stage: QuantizeStage,
-    scheme: Scheme,
-    run: RunDirectory,
-    current: Checkpoint,
-    data: ImageData,
-    splits: PreparedSplits,
-    target: Target | None,
-) -> _Int8:
-    """The int8 model in the placement that the recipe asks for, or that was decided on and recorded by measuring."""
-    decided = decision_of(run.read_manifest(), "placement")
-    if stage.placement == "full":
-        placed = Placed((), "the recipe asks for full int8")
-        run.update_manifest(lambda m: record_decision(m, "placement", placed.decision, placed.why))
-        model, samples = quantize_for(recipe, stage, scheme, current, data, splits)
-        return _Int8(model, samples, placed)
-    images = held_out(recipe, run, current, data, splits)
-    if decided is not None:
-        console.note(f"placement: as recorded ({decided['why']})")
-        facts = {key: value for key, value in decided["value"].items() if key not in ("form", "float_layers")}
-        placed = Placed(tuple(decided["value"]["float_layers"]), decided["why"], facts)
-    else:
-        model, samples = quantize_for(recipe, stage, scheme, current, data, splits)
-        placed = place(
-            model,
-            source=current,
-            stage=stage,
-            target=target or own_target(),
-            images=images,
-            limits=limits_of(recipe, stage),
-            folder=run.stage(stage.id),
+    def run_cached(self, cache: StageCache) -> Json:
+        """Take the stage from the cache, or compute it and keep it there."""
+        key = stage_key(
+            self.stage,
+            recipe=self.recipe,
+            run=self.run_directory,
+            current=self.current,
+            earlier=self.earlier,
+            data=self.data,
+            target=self.target,
         )
-        run.update_manifest(lambda m: record_decision(m, "placement", placed.decision, placed.why))
-        console.note(f"placement: {placed.why}")
-        if not placed.float_layers:
-            return _Int8(model, samples, placed, images, is_measured=placed.facts["trials"] == 1)
-    model, samples = quantize_for(recipe, with_float_layers(stage, placed.float_layers), scheme, current, data, splits)
-    return _Int8(model, samples, placed, images)
+        with cache.alone(key):
+            facts = cache.restore(key, self.run_directory, self.stage.id)
+            if facts is not None:
+                if not isinstance(self.stage, QuantizeStage):
+                    self.result = load_checkpoint(self.run_directory.stage(self.stage.id))
+                return facts
+            before, started = self.run_directory.read_manifest(), time.perf_counter()
+            facts = self.run()
+            seconds = time.perf_counter() - started
+            cache.keep(key, self.run_directory, self.stage.id, facts, before=before, seconds=seconds)
+            return dict(facts)
 
-
-def _quantize(
-    recipe: Recipe,
-    stage: QuantizeStage,
-    run: RunDirectory,
-    current: Checkpoint,
-    data: ImageData,
-    splits: PreparedSplits,
-    target: Target | None,
-) -> Json:
-    scheme, why = resolve_scheme(stage, target)
-    made = _placed_model(recipe, stage, scheme, run, current, data, splits, target)
-    model, samples = made.model, made.samples
-    trained = None
-    if isinstance(stage, QatStage):
+    def _train(self, stage: TrainStage | DistillStage | PruneStage | FactorizeStage) -> Json:
+        run = self.run_directory
         labels: Json = {"stage": stage.id}
-        context = training_context(recipe, run, data, splits, target, labels, progress=_progress(run, stage.id))
-        trained = qat_stage(stage, model, current, context)
-        (console.note if trained.is_trained else console.warn)(f"stage {stage.id}: {trained.summary}")
-        model = trained.model
-    if made.images is not None:
-        placed = confirmed(
-            made.placed,
-            model,
-            source=current,
-            target=target or own_target(),
-            images=made.images,
-            limits=limits_of(recipe, stage),
-            folder=run.stage(stage.id),
-            is_measured=made.is_measured and trained is None,
+        context = training_context(
+            self.recipe,
+            run,
+            self.data,
+            self.splits,
+            self.target,
+            labels,
+            earlier=self.earlier.__getitem__,
+            progress=stage_progress(run, stage.id),
+            watch=self.watch,
         )
-        run.update_manifest(lambda m: record_decision(m, "placement", placed.decision, placed.why))
-    save_quantized(model, run.stage(stage.id), float_model=describe(current))
-    preprocessing = current.architecture.preprocessing
-    split = splits.get(data.report_split, preprocessing)
-    logits = collect_logits(model.simulation(), split, preprocessing, description=f"evaluating {stage.id}")
-    save_logits(run, stage.id, logits)
-    name = target.name if target else "this machine"
-    run.update_manifest(lambda m: record_decision(m, f"int8_scheme:{name}", scheme.to_dict(), why))
-    float_layers = f", {len(model.float_layers)} in float" if model.float_layers else ""
-    summary = (
-        f"{len(model.quantized_layers)} layers in int8{float_layers}; {scheme.activations} activations, "
-        f"{scheme.weight_bits}-bit weights per channel; {model.correction}; calibrated on {samples} images"
-    )
-    if samples < stage.calibration.samples:
-        summary += f" (all of train; {stage.calibration.samples} were asked for)"
-    facts: Json = {}
-    if trained is not None:
-        summary, facts = f"{trained.summary}; {summary}", {"qat": trained.facts, "epochs": trained.facts["epochs"]}
-    cost = cost_entry(run, current, stage.id, example_input(current.architecture)) | {"sparsity": model.sparsity}
-    return (
-        evaluation_entry(logits, split.labels, data.report_split)
-        | cost
-        | facts
-        | {"calibration_samples": samples, "scheme": scheme.to_dict(), "summary": summary}
-        | {"calibration": model.calibration.to_dict() if model.calibration else None}
-    )
+        if isinstance(stage, PruneStage):
+            outcome = prune_stage(stage, self.current, context)
+        elif isinstance(stage, FactorizeStage):
+            outcome = factorize_stage(stage, self.current, context)
+        else:
+            outcome = run_stage(stage, self.current, context)
+        self.result = outcome.checkpoint
+        save_checkpoint(outcome.checkpoint, run.stage(stage.id))
+        if workers.rank() != 0:
+            return {}
+        facts = _evaluate(run, stage.id, outcome.checkpoint, self.data, self.splits)
+        return facts | {"epochs": outcome.epochs, "summary": outcome.summary}
 
 
 def _entry(manifest: Json, stage_id: str) -> Json:

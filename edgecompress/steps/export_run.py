@@ -53,8 +53,8 @@ from edgecompress.settings.gates import Gate, record_gates
 from edgecompress.settings.recipe import QatStage, QuantizeStage, Recipe
 from edgecompress.settings.target import Target
 from edgecompress.stages.train_stages import PreparedSplits, qat_stage
-from edgecompress.steps.apply_run import quantize_for
 from edgecompress.steps.placement_run import with_float_layers
+from edgecompress.steps.quantize_run import quantize_for
 from edgecompress.steps.run_state import (
     decision_of,
     last_float_id,

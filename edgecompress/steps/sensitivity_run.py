@@ -22,8 +22,8 @@ from edgecompress.int8.sensitivity import Sensitivity, measure_sensitivity
 from edgecompress.run_directory import Json, RunDirectory, write_json
 from edgecompress.settings.recipe import QatStage, QuantizeStage
 from edgecompress.stages.train_stages import PreparedSplits
-from edgecompress.steps.apply_run import quantize_for
 from edgecompress.steps.placement_run import held_out, with_float_layers
+from edgecompress.steps.quantize_run import quantize_for
 from edgecompress.steps.run_state import decision_of, load_float, recipe_of, require_same_data
 
 FILE = "sensitivity.json"

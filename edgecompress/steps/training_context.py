@@ -15,7 +15,7 @@ from edgecompress.run_directory import Json, RunDirectory
 from edgecompress.settings.prune_settings import PruneStage
 from edgecompress.settings.recipe import Recipe
 from edgecompress.settings.target import Target, own_target
-from edgecompress.stages.train_stages import PreparedSplits, StageContext
+from edgecompress.stages.train_stages import PreparedSplits, StageContext, Watch
 from edgecompress.steps.run_state import decision_of, record_decision
 from edgecompress.training.training_loop import EpochRecord
 from edgecompress.training.training_state import Progress
@@ -34,6 +34,7 @@ def training_context(
     *,
     earlier: Callable[[str], Checkpoint] | None = None,
     progress: Progress | None = None,
+    watch: Watch | None = None,
 ) -> StageContext:
     """What a stage needs to train in this run; `labels` go into each of its lines in metrics.jsonl.
 
@@ -63,7 +64,7 @@ def training_context(
         return value
 
     resolved = target or own_target()
-    early_id, early_epoch = _early_weights(recipe, str(labels["stage"]))
+    early_id, early_epoch = early_weights_of(recipe, str(labels["stage"]))
     return StageContext(
         recipe=recipe,
         data=data,
@@ -73,13 +74,14 @@ def training_context(
         decide=decide,
         earlier=earlier or (lambda stage_id: load_checkpoint(run.stage(stage_id))),
         on_epoch=log,
+        watch=watch,
         progress=progress,
         early_path=None if early_id is None else run.stage(early_id) / EARLY,
         early_epoch=early_epoch,
     )
 
 
-def _early_weights(recipe: Recipe, stage_id: str) -> tuple[str | None, int | None]:
+def early_weights_of(recipe: Recipe, stage_id: str) -> tuple[str | None, int | None]:
     """The stage that keeps early weights which this one needs or makes, and the epoch where it makes them."""
     for before, stage in itertools.pairwise(recipe.stages):
         if isinstance(stage, PruneStage) and stage.rewind_epoch is not None:
@@ -88,3 +90,8 @@ def _early_weights(recipe: Recipe, stage_id: str) -> tuple[str | None, int | Non
             if stage.id == stage_id:
                 return before.id, None
     return None, None
+
+
+def stage_progress(run: RunDirectory, stage_id: str) -> Progress:
+    """Where a stage's fits save how far they are."""
+    return Progress(run.stage(stage_id) / "progress")
