@@ -95,8 +95,11 @@ def _observe(prepared: GraphModule, images: Tensor) -> None:
 
 
 def _without_observers(prepared: GraphModule) -> GraphModule:
-    """The float graph with batch norm folded, under the node names that the converted graph will have."""
-    twin = copy.deepcopy(prepared)
+    """The float graph with batch norm folded, under the node names that the converted graph will have.
+
+    It shares its weights with `prepared`: conversion reads them and makes integers of its own.
+    """
+    twin = copy.deepcopy(prepared, {id(weight): weight for weight in prepared.parameters()})
     for node in list(twin.graph.nodes):
         if node.op == "call_module" and isinstance(twin.get_submodule(str(node.target)), ObserverBase):
             node.replace_all_uses_with(node.args[0])
