@@ -16,6 +16,8 @@ from typer.core import TyperGroup
 
 from edgecompress.commands import making, measuring_commands, shipping, studying
 from edgecompress.commands.cli_output import print_json
+from edgecompress.commands.cli_runs import runs_app
+from edgecompress.commands.cli_schemas import schema_app
 from edgecompress.commands.cli_settings import recipes_app, targets_app
 from edgecompress.errors import EXIT_OK
 
@@ -47,6 +49,8 @@ for commands in (making.app, measuring_commands.app, shipping.app, studying.app)
     app.add_typer(commands)
 app.add_typer(recipes_app, name="recipes")
 app.add_typer(targets_app, name="targets")
+app.add_typer(runs_app, name="runs")
+app.add_typer(schema_app, name="schema")
 
 
 @app.callback(invoke_without_command=True)

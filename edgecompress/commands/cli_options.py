@@ -10,14 +10,50 @@ from typing import Annotated
 
 import typer
 
-RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe file, or a shipped recipe's name.")]
-RunArgument = Annotated[
-    Path | None, typer.Argument(metavar="[RUN]", help="A run directory; left out, the newest under runs/.")
+from edgecompress.commands.completion import (
+    complete_overrides,
+    complete_recipes,
+    complete_runs,
+    complete_settings,
+    complete_targets,
+)
+
+RecipeArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="RECIPE", help="A recipe file, or a shipped recipe's name.", autocompletion=complete_recipes
+    ),
 ]
-TargetOption = Annotated[str, typer.Option("--target", help="A target file, or a shipped target's name.")]
-OptionalTarget = Annotated[str | None, typer.Option("--target", help="A target file, or a shipped target's name.")]
+RunArgument = Annotated[
+    Path | None,
+    typer.Argument(
+        metavar="[RUN]", help="A run directory; left out, the newest under runs/.", autocompletion=complete_runs
+    ),
+]
+TargetOption = Annotated[
+    str,
+    typer.Option(
+        "--target",
+        help="A target file, or a shipped target's name.",
+        autocompletion=complete_targets,
+    ),
+]
+OptionalTarget = Annotated[
+    str | None,
+    typer.Option(
+        "--target",
+        help="A target file, or a shipped target's name.",
+        autocompletion=complete_targets,
+    ),
+]
 SetOption = Annotated[
-    list[str] | None, typer.Option("--set", metavar="PATH=VALUE", help="Override a field, e.g. stages.pruned.epochs=5.")
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="PATH=VALUE",
+        help="Override a field, e.g. stages.pruned.epochs=5.",
+        autocompletion=complete_overrides,
+    ),
 ]
 OutputOption = Annotated[Path | None, typer.Option("--output", help="The run directory to make.")]
 ResumeOption = Annotated[bool, typer.Option("--resume/--no-resume", help="Go on in --output where it stopped.")]
@@ -33,4 +69,11 @@ SecondsOption = Annotated[
 ]
 QuickOption = Annotated[bool, typer.Option("--quick", help="Measure for a few seconds; intervals are wide.")]
 ThoroughOption = Annotated[bool, typer.Option("--thorough", help="Measure for minutes; intervals are narrow.")]
-NameArgument = Annotated[str, typer.Argument(metavar="NAME", help="A shipped name or a file.")]
+NameArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="NAME",
+        help="A shipped name or a file.",
+        autocompletion=complete_settings,
+    ),
+]

@@ -68,11 +68,9 @@ _add_settings_commands(targets_app, "targets")
 def schema_command(as_json: JsonOption = False, no_gate: NoGateOption = False) -> None:
     """Print the JSON schema of target files, for editors and checks (it is JSON with or without --json)."""
     with reporting_errors(as_json):
-        from edgecompress.settings.target import Target
+        from edgecompress.commands.cli_schemas import settings_schema
 
-        schema = Target.model_json_schema()
-        schema["required"] = [key for key in schema["required"] if key != "name"]  # the file's name stands in for it
-        print_json({"$schema": "https://json-schema.org/draft/2020-12/schema", **schema})
+        print_json(settings_schema("target"))
 
 
 @targets_app.command("detect")

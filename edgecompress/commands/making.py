@@ -26,6 +26,7 @@ from edgecompress.commands.cli_options import (
     ThoroughOption,
 )
 from edgecompress.commands.cli_output import command_line, finish
+from edgecompress.commands.completion import complete_targets
 
 if TYPE_CHECKING:
     from edgecompress.pipeline import Outcome
@@ -101,7 +102,12 @@ def export(
 @app.command("run")
 def run_command(
     recipe: RecipeArgument,
-    targets: Annotated[list[str], typer.Option("--target", help="A target file or shipped name; may be repeated.")],
+    targets: Annotated[
+        list[str],
+        typer.Option(
+            "--target", help="A target file or shipped name; may be repeated.", autocompletion=complete_targets
+        ),
+    ],
     overrides: SetOption = None,
     output: OutputOption = None,
     resume: ResumeOption = False,

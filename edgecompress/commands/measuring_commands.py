@@ -23,6 +23,7 @@ from edgecompress.commands.cli_options import (
     ThoroughOption,
 )
 from edgecompress.commands.cli_output import conclude, finish, reporting_errors
+from edgecompress.commands.completion import complete_runs
 from edgecompress.errors import EXIT_GATE_MISSED, EXIT_OK, ConfigurationError
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ def profile(
         typer.Argument(
             metavar="[RUN | FILE.onnx ...]",
             help="A run directory (left out, the newest under runs/), or any ONNX files, the first as the reference.",
+            autocompletion=complete_runs,
         ),
     ] = None,
     seconds: SecondsOption = None,

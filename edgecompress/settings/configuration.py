@@ -195,7 +195,7 @@ def _field_names(model: type[BaseModel], location: Sequence[int | str]) -> list[
         for candidate in here:
             field = candidate.model_fields.get(part)
             if field is not None:
-                inner.extend(_models_in(field.annotation))
+                inner.extend(models_in(field.annotation))
         here = inner
     return [name for candidate in here for name in candidate.model_fields]
 
@@ -206,7 +206,8 @@ def _tag_of(model: type[BaseModel]) -> str | None:
     return str(arguments[0]) if arguments else None
 
 
-def _models_in(annotation: Any) -> list[type[BaseModel]]:
+def models_in(annotation: Any) -> list[type[BaseModel]]:
+    """The settings classes that a field's type is made of, however deep in unions and lists."""
     if isinstance(annotation, type) and not isinstance(annotation, types.GenericAlias):
         return [annotation] if issubclass(annotation, BaseModel) else []
-    return [model for argument in typing.get_args(annotation) for model in _models_in(argument)]
+    return [model for argument in typing.get_args(annotation) for model in models_in(argument)]
