@@ -60,7 +60,7 @@ class KernelChoice:
     def sentence(self) -> str:
         """The choice in words."""
         if self.speedup is None or self.speedup_ci95 is None:
-            return f"all {self.candidates} convolutions keep the kernel of their own: as matrix products none is faster"
+            return f"all {self.candidates} convolutions keep the kernel of their own: matrix products gain nothing"
         low, high = self.speedup_ci95
         return (
             f"{len(self.nodes)} of {self.candidates} convolutions run as matrix products: {self.speedup:.2f} times as "
