@@ -22,6 +22,7 @@ from edgecompress import console
 from edgecompress.deploy.bundle import Bundle, write_bundle
 from edgecompress.deploy.remote import Host
 from edgecompress.errors import ConfigurationError, InputError, RunError
+from edgecompress.exporting.answers import Answers
 from edgecompress.measure.explanation import Depth
 from edgecompress.measure.measuring import STANDARD, THOROUGHNESS
 from edgecompress.measure.model_files import parse_shapes
@@ -99,12 +100,15 @@ def export(
     int8: bool = False,
     with_preprocessing: bool = False,
     ort: bool = False,
+    softmax: bool = False,
+    top_k: int | None = None,
     overrides: Sequence[str] = (),
 ) -> Outcome:
-    """Export a run's models and check parity."""
+    """Export a run's models and check parity. `softmax` and `top_k` add outputs behind the logits."""
     run = open_run(path)
     resolved = _target_of(run, target)
-    export_run(run, resolved, int8=int8, overrides=tuple(overrides), with_preprocessing=with_preprocessing, ort=ort)
+    form: Json = {"with_preprocessing": with_preprocessing, "ort": ort, "answers": Answers(softmax, top_k)}
+    export_run(run, resolved, int8=int8, overrides=tuple(overrides), **form)
     manifest = run.read_manifest()
     return Outcome(run, manifest, missed_gates(manifest, resolved.name))
 
@@ -247,6 +251,7 @@ def run(
     overrides: Sequence[str] = (),
     output: Path | None = None,
     resume: bool = False,
+    with_preprocessing: bool = False,
     seconds: float | None = None,
     thoroughness: str = STANDARD,
     cache: Path | None = None,
@@ -273,7 +278,7 @@ def run(
         apply_recipe(recipe, directory, resolved[0], cache=stages)
         for target in resolved:
             folder = export_folder(directory, target)
-            export_run(directory, target, int8=True)
+            export_run(directory, target, int8=True, with_preprocessing=with_preprocessing)
             profiles[target.name] = profile_run(directory, target, folder=folder, depth=Depth(), **how)
     # The report is written last, so that it says "complete".
     for target in resolved:

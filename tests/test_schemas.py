@@ -106,7 +106,7 @@ def test_documents_of_a_run_and_of_all_that_looks_at_it(command_line: CommandLin
             ["run", "prune_kd", "--target", "x86", "--target", "rpi4", "--output", "run", "--seconds", "1", *settings],
         ),
         ("run", ["apply", "prune_kd", "--output", "run", "--resume", *settings]),
-        ("run", ["export", "run", "--int8", "--target", "x86"]),
+        ("run", ["export", "run", "--int8", "--with-preprocessing", "--softmax", "--top-k", "3", "--target", "x86"]),
         ("profile", ["profile", "run", "--target", "x86", "--seconds", "1"]),
         ("profile", ["profile", "run", "--target", "rpi4"]),
         ("files-profile", ["profile", *files, "--target", "x86", "--seconds", "1", "--sweep", "none"]),
@@ -121,3 +121,7 @@ def test_documents_of_a_run_and_of_all_that_looks_at_it(command_line: CommandLin
         assert answer.exit_code == 0, (words, answer.stderr)
         assert faults(json.loads(answer.stdout), name) == [], words
     assert faults(json.loads((tmp_path / "run" / "profile" / "rpi4.json").read_text()), "profile") == []
+    parity = json.loads((tmp_path / "run" / "export" / "parity.json").read_text())
+    assert (parity["answers"]["passed"], parity["answers"]["top_k"]) == (True, 3)
+    assert parity["answers"]["outputs"] == ["probabilities", "top_k_probabilities", "top_k_indices"]
+    command_line("export", "run", "--target", "x86", "--top-k", "11").refusal("--top-k 11: the model has 10 classes")

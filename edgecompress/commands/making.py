@@ -33,6 +33,10 @@ if TYPE_CHECKING:
 
 app = typer.Typer()
 
+PreprocessingOption = Annotated[
+    bool, typer.Option("--with-preprocessing", help="Files take uint8 [N, H, W, C] images of any size.")
+]
+
 
 @app.command()
 def apply(
@@ -69,12 +73,17 @@ def apply(
 def export(
     run: RunArgument = None,
     int8: Annotated[bool, typer.Option("--int8", help="Write the int8 file too, and check its parity.")] = False,
-    with_preprocessing: Annotated[
-        bool, typer.Option("--with-preprocessing", help="Files take uint8 [N, H, W, C] images of any size.")
-    ] = False,
+    with_preprocessing: PreprocessingOption = False,
     ort: Annotated[
         bool, typer.Option("--ort", help="Write ORT format too, for mobile and minimal builds of ONNX Runtime.")
     ] = False,
+    softmax: Annotated[
+        bool, typer.Option("--softmax", help="Add the output `probabilities`, behind the logits.")
+    ] = False,
+    top_k: Annotated[
+        int | None,
+        typer.Option("--top-k", min=1, help="Add the K likeliest classes: `top_k_indices`, `top_k_probabilities`."),
+    ] = None,
     target: OptionalTarget = None,
     overrides: SetOption = None,
     as_json: JsonOption = False,
@@ -93,6 +102,8 @@ def export(
             int8=int8,
             with_preprocessing=with_preprocessing,
             ort=ort,
+            softmax=softmax,
+            top_k=top_k,
             overrides=overrides or (),
         )
 
@@ -112,6 +123,7 @@ def run_command(
     output: OutputOption = None,
     resume: ResumeOption = False,
     cache: CacheOption = None,
+    with_preprocessing: PreprocessingOption = False,
     seconds: SecondsOption = None,
     quick: QuickOption = False,
     thorough: ThoroughOption = False,
@@ -132,6 +144,7 @@ def run_command(
             overrides=overrides or (),
             output=output,
             resume=resume,
+            with_preprocessing=with_preprocessing,
             seconds=seconds,
             thoroughness=thoroughness,
             cache=cache,

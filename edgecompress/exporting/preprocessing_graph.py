@@ -76,7 +76,7 @@ def embed_preprocessing(
     graph.input.append(helper.make_tensor_value_info(_INPUT, TensorProto.UINT8, ["batch", height, width, channels]))
     del graph.value_info[:]
     if softmax or top_k is not None:
-        _answers(graph, softmax=softmax, top_k=top_k)
+        add_answers(graph, softmax=softmax, top_k=top_k)
     describe_signature(made)
     return made
 
@@ -216,7 +216,8 @@ def _normalize(builder: _Builder, planes: str, preprocessing: Preprocessing) -> 
     builder.node("Mul", [centred, scale], _NORMALIZED.removeprefix(PREFIX))
 
 
-def _answers(graph: onnx.GraphProto, *, softmax: bool, top_k: int | None) -> None:
+def add_answers(graph: onnx.GraphProto, *, softmax: bool, top_k: int | None) -> None:
+    """Add the outputs that `embed_preprocessing` describes to a graph whose first output is the logits."""
     batch, classes = _shape(graph.output[0])
     if top_k is not None and not (1 <= top_k <= (classes if isinstance(classes, int) else top_k)):
         raise ExportError(f"top_k is {top_k}, the model has {classes} classes; choose from 1 to {classes}")

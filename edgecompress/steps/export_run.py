@@ -21,8 +21,9 @@ from edgecompress import console
 from edgecompress.data.images import PreparedSplit
 from edgecompress.data.preprocessing import Preprocessing
 from edgecompress.data.run_data import ImageData, open_data
+from edgecompress.exporting.answers import LOGITS_ALONE, Answers, append_answers, compare_answers
 from edgecompress.exporting.divergence import first_divergence
-from edgecompress.exporting.onnx_export import Provenance, export_onnx, export_with_preprocessing
+from edgecompress.exporting.onnx_export import OUTPUT_NAME, Provenance, export_onnx, export_with_preprocessing
 from edgecompress.exporting.ort_format import OPERATORS_FILE, convert, mobile_usability, remove_stale
 from edgecompress.exporting.parity import (
     Logits,
@@ -89,17 +90,20 @@ def export_run(
     overrides: tuple[str, ...] = (),
     with_preprocessing: bool = False,
     ort: bool = False,
+    answers: Answers = LOGITS_ALONE,
 ) -> Json:
     """Export and check parity; returns the content of parity.json.
 
     With `with_preprocessing` the files take uint8 pixels of any size; parity of the model itself is then checked on
-    files without, which are not kept. `ort` writes the same models in ORT format beside them.
+    files without, which are not kept. `ort` writes the same models in ORT format beside them;
+    `answers` are outputs behind the logits, in every file.
     """
     manifest = run.read_manifest()
     if not manifest.get("targets"):
         manifest = run.update_manifest(lambda m: m.update(targets=[target.name]))
     recipe = recipe_of(manifest, overrides)
     float_model = load_float(run, recipe)
+    answers.require_fitting(float_model.architecture.num_classes)
     data = open_data(recipe.data).with_num_classes(float_model.architecture.num_classes)
     require_same_data(manifest, data)
     splits = PreparedSplits(data, cache=False)
@@ -118,6 +122,7 @@ def export_run(
             plain=Path(scratch) if with_preprocessing else folder,
             provenance=Provenance(data.class_names, recipe.name, recipe_sha256(recipe), versions()),
             form=PIXEL_FORM if with_preprocessing else FLOAT_FORM,
+            answers=answers,
         )
         parity = _export_and_compare(work, int8=int8, ort=ort)
     save_samples(work.split, work.preprocessing, folder, work.form)
@@ -132,6 +137,7 @@ def export_run(
             "input_form": work.form,
             "int8": int8,
             "ort_format": ort,
+            "outputs": _outputs(work),
         }
         document["artifacts"] = run.artifacts()
 
@@ -155,6 +161,7 @@ class _Work:
     plain: Path
     provenance: Provenance
     form: InputForm
+    answers: Answers
 
     @property
     def preprocessing(self) -> Preprocessing:
@@ -218,6 +225,11 @@ def _export_and_compare(work: _Work, *, int8: bool, ort: bool) -> Json:
         parity["with_preprocessing"], chosen = compare_with_preprocessing(
             files, references, subset, labels[subset.positions], gates
         )
+    if work.answers:
+        files = {precision: work.folder / path.name for precision, path in plain.items()}
+        for path in [*files.values(), *([work.folder / BASELINE_FILE] if baseline else [])]:
+            append_answers(path, work.answers)
+        parity["answers"] = compare_answers(files, subset, work.answers, whole_images=work.form == PIXEL_FORM)
     if not int8:
         _remove_other_form(work)
     _write_ort_format(work, parity, chosen, subset, wanted=ort)
@@ -279,13 +291,20 @@ def _name_the_layer(work: _Work, part: Json, subset: Subset) -> None:
 
 
 def _remove_other_form(work: _Work) -> None:
-    """Remove an int8 file of an earlier export that reads another form of input than the fp32 file does now."""
+    """Remove an int8 file of an earlier export that reads or gives something else than the fp32 file does now."""
     stale = work.folder / INT8_FILE
-    if stale.is_file() and input_form(onnx.load(stale)) != work.form:
+    if not stale.is_file():
+        return
+    earlier = onnx.load(stale)
+    if input_form(earlier) != work.form or [value.name for value in earlier.graph.output] != _outputs(work):
         stale.unlink()
         console.warn(
-            f"{stale}: removed, its input has another form than this export's; export with --int8 to have both"
+            f"{stale}: removed, its input or its outputs are others than this export's; export with --int8 to have both"
         )
+
+
+def _outputs(work: _Work) -> list[str]:
+    return [OUTPUT_NAME, *work.answers.outputs]
 
 
 def _write_ort_format(
@@ -368,7 +387,7 @@ def parity_gates(parity: Json, target: Target) -> list[Gate]:
             "sentence": "The model gives every image the same answer, so parity proves nothing.",
         }
     ]
-    for part in ("onnx_fp32", "onnx_int8", "worst_class", "with_preprocessing", "ort_format"):
+    for part in ("onnx_fp32", "onnx_int8", "worst_class", "with_preprocessing", "answers", "ort_format"):
         checks += parity.get(part, {}).get("checks", [])
     for part in parity.get("variants", {}).values():
         checks += part["checks"]
