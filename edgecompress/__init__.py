@@ -1,16 +1,68 @@
-"""Turn a trained PyTorch image classifier into a small, fast artifact for an edge device, with proof."""
+"""Turn a trained PyTorch image classifier into a small, fast artifact for an edge device, with proof.
+
+The functions of the Python API stand in edgecompress/api.py, their results in edgecompress/results.py; docs/python.md
+shows them. They are looked up when they are asked for, so that `import edgecompress` costs nothing.
+"""
 
 from __future__ import annotations
 
-__all__ = ["__version__"]
+TYPE_CHECKING = False  # what typing's is, without the import
+if TYPE_CHECKING:
+    from edgecompress.api import apply, bundle, export, open_run, profile, report, run, verify
+    from edgecompress.deploy.verify import Verification
+    from edgecompress.errors import EdgeCompressError
+    from edgecompress.results import BundleResult, Estimate, MeasuredModel, Parity, Profile, RunResult, StageResult
 
-__version__: str
+    __version__: str
+
+__all__ = [
+    "BundleResult",
+    "EdgeCompressError",
+    "Estimate",
+    "MeasuredModel",
+    "Parity",
+    "Profile",
+    "RunResult",
+    "StageResult",
+    "Verification",
+    "__version__",
+    "apply",
+    "bundle",
+    "export",
+    "open_run",
+    "profile",
+    "report",
+    "run",
+    "verify",
+]
+
+_HOMES = {"EdgeCompressError": "errors", "Verification": "deploy.verify"}
+_RESULTS = {"BundleResult", "Estimate", "MeasuredModel", "Parity", "Profile", "RunResult", "StageResult"}
+
+if not TYPE_CHECKING:  # type checkers see the names above, and refuse others
+
+    def __getattr__(name):
+        """A name of `__all__`, from the module that it stands in."""
+        if name == "__version__":
+            return _version()
+        if name not in __all__:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        from importlib import import_module
+
+        from edgecompress.console import library_logs_silenced
+
+        home = "results" if name in _RESULTS else _HOMES.get(name, "api")
+        with library_logs_silenced():
+            value = globals()[name] = getattr(import_module(f"{__name__}.{home}"), name)
+        return value
 
 
-def __getattr__(name: str) -> str:
-    """`__version__`, looked up when asked for: importlib.metadata costs a quarter of what `--help` takes."""
-    if name != "__version__":
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+def _version() -> str:
+    """Looked up when asked for: importlib.metadata costs a quarter of what `--help` takes."""
     from importlib.metadata import PackageNotFoundError, version
 
     try:

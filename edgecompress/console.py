@@ -17,6 +17,7 @@ if TYPE_CHECKING:  # rich takes half of the time of `--help`, which prints nothi
 
 _SHOW_AFTER_SECONDS = 1.0
 _SECONDS_BETWEEN_LINES = 30.0  # where there is no terminal
+_LOUD_LIBRARIES = ("torch.utils._pytree", "torch.onnx", "torch.export", "torchao", "onnxscript")
 
 
 @dataclass
@@ -31,6 +32,31 @@ _settings = _Settings()
 def set_quiet(quiet: bool) -> None:
     """Print warnings only."""
     _settings.quiet = quiet
+
+
+@contextmanager
+def quiet(quiet: bool) -> Iterator[None]:
+    """The same within the block; afterwards it is as it was before."""
+    before, _settings.quiet = _settings.quiet, quiet
+    try:
+        yield
+    finally:
+        _settings.quiet = before
+
+
+@contextmanager
+def library_logs_silenced() -> Iterator[None]:
+    """Within the block torch and torchao do not log notes about their own internals, which are not about the model."""
+    import logging
+
+    before = {name: logging.getLogger(name).level for name in _LOUD_LIBRARIES}
+    for name in before:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for name, level in before.items():
+            logging.getLogger(name).setLevel(level)
 
 
 def stderr() -> Console:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import logging
 import shlex
 import sys
 from collections.abc import Callable, Iterator
@@ -35,8 +34,7 @@ def conclude(
 ) -> NoReturn:
     """Do the work, then print its result: one JSON document, or what `show` prints for people; and end."""
     console.set_quiet(quiet)
-    with reporting_errors(as_json):
-        silence_library_logs()
+    with reporting_errors(as_json), console.library_logs_silenced():
         # Libraries below print to stdout now and then; it belongs to the result alone.
         with contextlib.redirect_stdout(sys.stderr):
             result = work()
@@ -140,9 +138,3 @@ def print_outcome(outcome: Outcome, *, explain: bool = False) -> None:
 def command_line() -> str:
     """The command as it was given, so that the run can be made again."""
     return shlex.join(["edgecompress", *sys.argv[1:]])
-
-
-def silence_library_logs() -> None:
-    """torch and torchao log notes about their own internals as warnings; they are not about the user's model."""
-    for name in ("torch.utils._pytree", "torch.onnx", "torch.export", "torchao", "onnxscript"):
-        logging.getLogger(name).setLevel(logging.ERROR)

@@ -1,0 +1,247 @@
+"""The commands as functions for Python: settings in, typed results out, errors of one tree, quiet unless asked.
+
+What enters: what the command line would take, as Python values. What leaves: `RunResult`, `BundleResult` and
+`Verification`, or an `EdgeCompressError`. Nothing here ends the process or prints to stdout. Each function does what
+the command of its name does, by the same code.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal
+
+from edgecompress import console, pipeline
+from edgecompress.deploy.remote import Host
+from edgecompress.deploy.verify import Verification
+from edgecompress.deploy.verify import verify as check
+from edgecompress.errors import ConfigurationError
+from edgecompress.pipeline import Outcome
+from edgecompress.results import BundleResult, RunResult, read_result
+from edgecompress.run_directory import open_run as find_run
+from edgecompress.settings.target import load_target
+
+Name = str | os.PathLike[str]
+Run = RunResult | Name
+Thoroughness = Literal["quick", "standard", "thorough"]
+
+
+def run(
+    recipe: Name,
+    *,
+    target: Name | Sequence[Name],
+    settings: Mapping[str, object] | None = None,
+    output: Name | None = None,
+    resume: bool = False,
+    seconds: float | None = None,
+    thoroughness: Thoroughness = "standard",
+    progress: bool = False,
+) -> RunResult:
+    """Apply a recipe, export with int8, profile and report, for one target or several.
+
+    `recipe` and `target` are files or shipped names. `settings` overrides the recipe's fields by dotted path, as
+    `--set` does: `{"data.root": "my_images", "stages.pruned.channel_ratio": 0.3}`. `output` is the run directory to
+    make, left out one under `runs/`; with `resume` an unfinished run there goes on. `seconds` bounds the time for which
+    latency is measured. `progress` shows on stderr what the command line shows.
+    """
+    targets = [target] if isinstance(target, str | os.PathLike) else list(target)
+    if not targets:
+        raise ConfigurationError("target: none given; give a name such as 'x86', or a list of them")
+    names, overrides = [os.fspath(name) for name in targets], _overrides(settings)
+    words = [word for name in names for word in ("--target", name)]
+    with _call(progress):
+        return _result(
+            pipeline.run(
+                os.fspath(recipe),
+                targets=names,
+                overrides=overrides,
+                output=_path(output),
+                resume=resume,
+                seconds=seconds,
+                thoroughness=_known(thoroughness),
+                command=_command("run", recipe, words, overrides, output),
+            )
+        )
+
+
+def apply(
+    recipe: Name,
+    *,
+    target: Name | None = None,
+    settings: Mapping[str, object] | None = None,
+    output: Name | None = None,
+    resume: bool = False,
+    progress: bool = False,
+) -> RunResult:
+    """Apply a recipe's stages in PyTorch; its int8 is made for `target`, left out for this machine."""
+    overrides = _overrides(settings)
+    words = [] if target is None else ["--target", os.fspath(target)]
+    with _call(progress):
+        return _result(
+            pipeline.apply(
+                os.fspath(recipe),
+                target=_name(target),
+                overrides=overrides,
+                output=_path(output),
+                resume=resume,
+                command=_command("apply", recipe, words, overrides, output),
+            )
+        )
+
+
+def export(
+    run: Run | None = None,
+    *,
+    target: Name | None = None,
+    int8: bool = False,
+    with_preprocessing: bool = False,
+    ort: bool = False,
+    settings: Mapping[str, object] | None = None,
+    progress: bool = False,
+) -> RunResult:
+    """Write a run's ONNX files and check that they answer as PyTorch does, on real images.
+
+    `run` is a result, a run directory, or left out the newest under `runs/`. `with_preprocessing` makes files that take
+    uint8 images of any size; `ort` writes ONNX Runtime's own format beside them.
+    """
+    with _call(progress):
+        return _result(
+            pipeline.export(
+                _run_path(run),
+                target=_name(target),
+                int8=int8,
+                with_preprocessing=with_preprocessing,
+                ort=ort,
+                overrides=_overrides(settings),
+            )
+        )
+
+
+def profile(
+    run: Run | None = None,
+    *,
+    target: Name,
+    seconds: float | None = None,
+    thoroughness: Thoroughness = "standard",
+    sweep: str | None = None,
+    providers: str | None = None,
+    host: str | None = None,
+    host_python: str | None = None,
+    ssh: str = "ssh",
+    results: Name | None = None,
+    progress: bool = False,
+) -> RunResult:
+    """Measure a run's exported files on a target and judge them; the profile is `result.profiles[name of target]`.
+
+    With `host`, or where the target names one, the device at the other end of SSH measures. `results` is what a
+    bundle's bench.py wrote on a device. `sweep` and `providers` are as on the command line.
+    """
+    if host is not None and results is not None:
+        raise ConfigurationError("host and results: give one of them; the first measures, the second has")
+    with _call(progress):
+        device = (
+            None if results is not None else Host.of(load_target(os.fspath(target)), host, python=host_python, ssh=ssh)
+        )
+        return _result(
+            pipeline.profile(
+                _run_path(run),
+                target=os.fspath(target),
+                seconds=seconds,
+                thoroughness=_known(thoroughness),
+                sweep=sweep,
+                providers=providers,
+                host=device,
+                results=_path(results),
+            )
+        )
+
+
+def report(run: Run | None = None, *, target: Name | None = None, progress: bool = False) -> RunResult:
+    """Write the report of one target, or of every target that was profiled: `result.reports[name of target]`."""
+    with _call(progress):
+        return _result(pipeline.report(_run_path(run), target=_name(target)))
+
+
+def bundle(
+    run: Run | None = None,
+    *,
+    target: Name,
+    output: Name | None = None,
+    preprocessing: bool = True,
+    progress: bool = False,
+) -> BundleResult:
+    """Write one folder and one archive that a device runs with numpy and ONNX Runtime alone.
+
+    `output` is the folder to write into, left out the run's own `bundle/`. With `preprocessing` the models take uint8
+    images of any size.
+    """
+    with _call(progress):
+        outcome, made = pipeline.bundle(
+            _run_path(run), target=os.fspath(target), output=_path(output), preprocessing_inside=preprocessing
+        )
+    return BundleResult(made.folder, made.archive, made.caution, tuple(outcome.missed), made.manifest)
+
+
+def verify(path: Run | BundleResult, *, progress: bool = False) -> Verification:
+    """Check a bundle, its archive or a run directory against its manifest, and a bundle's answers; see `.ok`."""
+    place = path.folder if isinstance(path, BundleResult) else path.path if isinstance(path, RunResult) else path
+    with _call(progress):
+        return check(Path(place))
+
+
+def open_run(run: Name | None = None) -> RunResult:
+    """The results of a run that is there; left out, the newest under `runs/`. Nothing is done."""
+    return read_result(find_run(_path(run)))
+
+
+@contextmanager
+def _call(progress: bool) -> Iterator[None]:
+    """What holds while a function of this module works, and is put back afterwards."""
+    with console.quiet(not progress), console.library_logs_silenced():
+        yield
+
+
+def _result(outcome: Outcome) -> RunResult:
+    return read_result(outcome.run, is_first_process=outcome.is_first_process)
+
+
+def _overrides(settings: Mapping[str, object] | None) -> list[str]:
+    """`--set`'s words. JSON is YAML, so every value that JSON has keeps its type. Raises ConfigurationError."""
+    words = []
+    for path, value in (settings or {}).items():
+        try:
+            words.append(f"{path}={json.dumps(value, ensure_ascii=False, allow_nan=False, default=os.fspath)}")
+        except (TypeError, ValueError) as error:
+            raise ConfigurationError(
+                f"settings: {path}: {value!r} is no value for a recipe; give numbers, text, paths, lists or mappings"
+            ) from error
+    return words
+
+
+def _command(name: str, recipe: Name, words: list[str], overrides: list[str], output: Name | None) -> str:
+    """The command that does the same, for run.json and the report."""
+    rest = [word for override in overrides for word in ("--set", override)]
+    place = [] if output is None else ["--output", os.fspath(output)]
+    return shlex.join(["edgecompress", name, os.fspath(recipe), *words, *rest, *place])
+
+
+def _known(thoroughness: str) -> str:
+    if thoroughness not in ("quick", "standard", "thorough"):
+        raise ConfigurationError(f"thoroughness: {thoroughness!r} is unknown; give 'quick', 'standard' or 'thorough'")
+    return thoroughness
+
+
+def _run_path(run: Run | None) -> Path | None:
+    return run.path if isinstance(run, RunResult) else _path(run)
+
+
+def _path(name: Name | None) -> Path | None:
+    return None if name is None else Path(name)
+
+
+def _name(name: Name | None) -> str | None:
+    return None if name is None else os.fspath(name)
