@@ -37,6 +37,7 @@ def run(
     settings: Mapping[str, object] | None = None,
     output: Name | None = None,
     resume: bool = False,
+    cache: Name | None = None,
     seconds: float | None = None,
     thoroughness: Thoroughness = "standard",
     progress: bool = False,
@@ -45,8 +46,9 @@ def run(
 
     `recipe` and `target` are files or shipped names. `settings` overrides the recipe's fields by dotted path, as
     `--set` does: `{"data.root": "my_images", "stages.pruned.channel_ratio": 0.3}`. `output` is the run directory to
-    make, left out one under `runs/`; with `resume` an unfinished run there goes on. `seconds` bounds the time for which
-    latency is measured. `progress` shows on stderr what the command line shows.
+    make, left out one under `runs/`; with `resume` an unfinished run there goes on. `cache` is a folder from which
+    finished stages are taken, and in which they are kept. `seconds` bounds the time for which latency is measured.
+    `progress` shows on stderr what the command line shows.
     """
     targets = [target] if isinstance(target, str | os.PathLike) else list(target)
     if not targets:
@@ -61,6 +63,7 @@ def run(
                 overrides=overrides,
                 output=_path(output),
                 resume=resume,
+                cache=_path(cache),
                 seconds=seconds,
                 thoroughness=_known(thoroughness),
                 command=_command("run", recipe, words, overrides, output),
@@ -75,6 +78,7 @@ def apply(
     settings: Mapping[str, object] | None = None,
     output: Name | None = None,
     resume: bool = False,
+    cache: Name | None = None,
     progress: bool = False,
 ) -> RunResult:
     """Apply a recipe's stages in PyTorch; its int8 is made for `target`, left out for this machine."""
@@ -88,6 +92,7 @@ def apply(
                 overrides=overrides,
                 output=_path(output),
                 resume=resume,
+                cache=_path(cache),
                 command=_command("apply", recipe, words, overrides, output),
             )
         )

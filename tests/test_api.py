@@ -27,9 +27,9 @@ COMMANDS = ("apply", "bundle", "export", "profile", "report", "run", "verify")
 
 
 def python(*arguments: str | Path, folder: Path) -> subprocess.CompletedProcess[str]:
+    how: dict[str, Any] = {"capture_output": True, "text": True, "timeout": 500, "check": False}
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    command = [sys.executable, *map(str, arguments)]
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    return subprocess.run([sys.executable, *map(str, arguments)], cwd=folder, env=environment, **how)
 
 
 def test_importing_loads_nothing_and_every_name_is_there(tmp_path: Path) -> None:
@@ -50,8 +50,8 @@ def test_no_room_takes_the_place_of_a_function() -> None:
 
 
 def test_the_names_are_functions_after_everything_is_imported(tmp_path: Path) -> None:
-    code = "import edgecompress.cli, edgecompress.pipeline, edgecompress as e; print(*(callable(getattr(e, n)) for n in "
-    answer = python("-c", f"{code}{COMMANDS!r}))", folder=tmp_path)
+    code = "import edgecompress as e, edgecompress.cli; e.run; from edgecompress import pipeline; print(*(callable("
+    answer = python("-c", f"{code}getattr(e, name)) for name in {COMMANDS!r}))", folder=tmp_path)
     assert (set(answer.stdout.split()), answer.stderr) == ({"True"}, "")
 
 
@@ -65,7 +65,7 @@ def test_every_function_is_documented_and_quiet_by_default(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("value", "expected"),
-    [(0.25, 0.25), (1e-5, 1e-5), (7, 7), (True, True), (None, None), ("1e-3", "1e-3"), (Path("my images"), "my images")],
+    [(0.25, 0.25), (1e-5, 1e-5), (7, 7), (True, True), (None, None), ("1e-3", "1e-3"), (Path("a b"), "a b")],
 )
 def test_settings_keep_their_types(value: object, expected: object) -> None:
     from edgecompress.api import _overrides
