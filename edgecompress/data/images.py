@@ -212,6 +212,12 @@ class PreparedSplit:
         """Whether the images are in memory."""
         return self._images is not None
 
+    def file_name(self, index: int) -> str | None:
+        """Where one image comes from, relative to the data's folder; None where it is no file."""
+        if not isinstance(self._items, FileItems) or len(self._items) != len(self.labels):
+            return None
+        return self._items.files[index]
+
     def whole_image(self, index: int) -> np.ndarray:
         """One image as it comes, before any resizing: uint8 [H, W, C]. Raises DataError."""
         if len(self._items) != len(self.labels):  # a cached split leaves out what cannot be decoded

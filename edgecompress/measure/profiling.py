@@ -44,6 +44,7 @@ from edgecompress.settings.target import Target
 
 NOISY_FRACTION = 0.05  # spread of the reference loop above which the machine counts as busy
 _PERCENTILES = (50, 90, 99)
+_QUANTILES = (0.001, 0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 0.995, 0.999)  # the distribution, for a figure
 _ISLANDS = 20
 _MODELS = ("baseline", "fp32", "int8")
 Json = dict[str, Any]
@@ -229,9 +230,10 @@ def _timing(measurement: LatencyMeasurement, name: str, images: int) -> Json:
         latency[f"p{percentile}_ci95"] = [interval.low, interval.high]
     if measurement.on_cpu_ms is not None:
         latency["on_cpu_p50"] = float(np.median(np.concatenate(measurement.on_cpu_ms[name])))
-    mean = float(measurement.latencies_ms(name).mean())
-    latency["mean"] = mean
-    return {"latency_ms": latency, "throughput_per_s": 1000.0 * images / mean}
+    all_ms = measurement.latencies_ms(name)
+    latency["mean"] = mean = float(all_ms.mean())
+    quantiles = {f"{share:g}": float(value) for share, value in zip(_QUANTILES, np.quantile(all_ms, _QUANTILES), strict=True)}
+    return {"latency_ms": latency, "latency_ms_quantiles": quantiles, "throughput_per_s": 1000.0 * images / mean}
 
 
 def speedup(measurement: LatencyMeasurement, before: str, after: str) -> Json:

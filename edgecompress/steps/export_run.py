@@ -21,6 +21,7 @@ from edgecompress import console
 from edgecompress.data.images import PreparedSplit
 from edgecompress.data.preprocessing import Preprocessing
 from edgecompress.data.run_data import ImageData, open_data
+from edgecompress.exporting.answer_changes import answer_changes, flipped_images
 from edgecompress.exporting.answers import LOGITS_ALONE, Answers, append_answers, compare_answers
 from edgecompress.exporting.divergence import first_divergence
 from edgecompress.exporting.onnx_export import OUTPUT_NAME, Provenance, export_onnx, export_with_preprocessing
@@ -257,6 +258,10 @@ def _export_int8(work: _Work, parity: Json, onnx_logits: Logits, labels: NDArray
         "matrix_product_convs": kernels,
     }
     parity["classes"] = class_changes(onnx_logits, int8_logits, labels, work.data.class_names)
+    parity |= answer_changes(onnx_logits, int8_logits, labels, work.data.class_names)
+    parity["flipped"] = flipped_images(
+        onnx_logits, int8_logits, work.split, work.indices, work.data.class_names, work.folder
+    )
     parity["worst_class"] = worst_class(parity["classes"], recipe.gates)
     return int8_logits
 

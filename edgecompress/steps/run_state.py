@@ -21,6 +21,7 @@ from edgecompress.models.complexity import compressed_size_bytes, measure_comple
 from edgecompress.run_directory import Json, RunDirectory, atomic_path
 from edgecompress.settings.configuration import apply_overrides, validate
 from edgecompress.settings.recipe import INITIAL_ID, QuantizeStage, Recipe
+from edgecompress.training.confidence import calibration_of
 from edgecompress.training.evaluate import accuracy, wilson_interval
 
 INITIAL = INITIAL_ID
@@ -92,12 +93,13 @@ def load_logits(run: RunDirectory, stage_id: str) -> np.ndarray[Any, np.dtype[np
 
 
 def evaluation_entry(logits: Tensor, labels: Tensor, split: str) -> Json:
-    """Accuracy with its interval, as run.json records it."""
+    """Accuracy with its interval and the error of the model's confidence, as run.json records them."""
     value = accuracy(logits, labels)
     return {
         "accuracy": value,
         "accuracy_split": split,
         "accuracy_ci95": list(wilson_interval(value, len(labels))),
+        "ece": calibration_of(logits.numpy(), labels.numpy())["ece"],
         "samples": len(labels),
     }
 
