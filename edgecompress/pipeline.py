@@ -28,7 +28,7 @@ from edgecompress.measure.measuring import STANDARD, THOROUGHNESS
 from edgecompress.measure.model_files import parse_shapes
 from edgecompress.measure.runtime_options import parse_providers
 from edgecompress.measure.sweeps import parse_sweeps
-from edgecompress.reporting.report_page import ReportPaths, write_report
+from edgecompress.reporting.report_page import FORMATS, ReportPaths, write_report
 from edgecompress.run_directory import RUNS_ROOT, Json, RunDirectory, new_run_path, open_run, read_json, write_json
 from edgecompress.settings.gates import missed_gates
 from edgecompress.settings.recipe import QatStage, Recipe, load_recipe
@@ -165,14 +165,14 @@ def profile_files(
     return document
 
 
-def report(path: Path | None, *, target: str | None = None) -> Outcome:
-    """Write the report of one target, or of every target that was profiled."""
+def report(path: Path | None, *, target: str | None = None, formats: Sequence[str] = FORMATS) -> Outcome:
+    """Write the report of one target, or of every target that was profiled, in the given formats."""
     run = open_run(path)
     manifest = run.read_manifest()
     names = [load_target(target).name] if target else _profiled(run) or list(manifest.get("targets", []))
     if not names:
         raise RunError(f"{run.path}: no target yet; first: edgecompress profile {run.path} --target x86")
-    reports = {name: write_report(run, name) for name in names}
+    reports = {name: write_report(run, name, formats) for name in names}
     return Outcome(run, _with_artifacts(run), reports=reports)
 
 

@@ -290,17 +290,6 @@ def test_verdict_text_keeps_brackets_and_gives_reasons() -> None:
     )
 
 
-def test_a_missed_gate_holds_whatever_the_profile_says() -> None:
-    gates = [
-        {"gate": "int8_min_top1_agreement", "value": 0.9, "limit": 0.95, "passed": False, "target": "x86"},
-        {"gate": "max_accuracy_drop", "value": 0.5, "limit": 0.02, "passed": False, "target": "rpi4"},
-    ]
-    lines = summary.verdict_text(PROFILE, gates=gates).splitlines()
-    assert lines[0] == "Verdict for x86: HOLD"
-    assert lines[1] == "  - Gate missed: ONNX int8: top-1 agreement with fp32: 90.0 %, allowed: at least 95 %."
-    assert len(lines) == 3
-
-
 def test_without_a_measurement_there_is_no_ship() -> None:
     profile = {
         "target": "rpi4",

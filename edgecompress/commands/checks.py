@@ -19,6 +19,18 @@ def thoroughness_of(quick: bool, thorough: bool) -> str:
     return "quick" if quick else "thorough" if thorough else "standard"
 
 
+def page_formats(formats: Sequence[str] | None, *, opened: bool) -> tuple[str, ...]:
+    """What to write, from --format. Raises ConfigurationError for an unknown form, and for --open without the page."""
+    known = ("html", "md", "json")
+    wanted = tuple(dict.fromkeys(formats or known))
+    unknown = [name for name in wanted if name not in known]
+    if unknown:
+        raise ConfigurationError(f"--format {unknown[0]}: give one of {', '.join(known)}")
+    if opened and "html" not in wanted:
+        raise ConfigurationError("--open shows the HTML page; add --format html, or leave --format out")
+    return wanted
+
+
 def require_recipe_and_targets(recipe: str, overrides: Sequence[str], targets: Sequence[str]) -> None:
     """Name the faults of all files at once, and before torch, which takes seconds to load."""
     from edgecompress.settings.recipe import load_recipe

@@ -69,6 +69,10 @@ SecondsOption = Annotated[
 ]
 QuickOption = Annotated[bool, typer.Option("--quick", help="Measure for a few seconds; intervals are wide.")]
 ThoroughOption = Annotated[bool, typer.Option("--thorough", help="Measure for minutes; intervals are narrow.")]
+FormatOption = Annotated[
+    list[str] | None,
+    typer.Option("--format", metavar="html|md|json", help="What to write, repeatable; left out, all of them."),
+]
 NameArgument = Annotated[
     str,
     typer.Argument(

@@ -131,7 +131,7 @@ def print_outcome(outcome: Outcome, *, explain: bool = False) -> None:
         for sentence in outcome.missed:
             stdout.print(f"gate missed: {sentence}", markup=False, soft_wrap=True)
     for paths in outcome.reports.values():
-        stdout.print(f"report: {paths.html}", markup=False, soft_wrap=True)
+        stdout.print(f"report: {paths.html or paths.markdown or paths.json}", markup=False, soft_wrap=True)
     stdout.print(f"run:    {outcome.run.path}", markup=False, soft_wrap=True)
 
 

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from edgecompress.commands.checks import require_run_and_target
+from edgecompress.commands.checks import page_formats, require_run_and_target
 from edgecompress.commands.cli_options import (
+    FormatOption,
     JsonOption,
     NoGateOption,
     OptionalTarget,
@@ -37,24 +38,26 @@ def report(
     run: RunArgument = None,
     target: OptionalTarget = None,
     open_page: Annotated[bool, typer.Option("--open", help="Open the page in a browser.")] = False,
+    formats: FormatOption = None,
     as_json: JsonOption = False,
     no_gate: NoGateOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Write the deployment report: one HTML page and one Markdown file per target."""
+    """Write the deployment report per target: an HTML page, and the same as Markdown and JSON."""
 
     def work() -> Outcome:
         require_run_and_target(run, target)
+        wanted = page_formats(formats, opened=open_page)
         from edgecompress import pipeline
 
-        outcome = pipeline.report(run, target=target)
-        if open_page:
-            for paths in outcome.reports.values():
+        outcome = pipeline.report(run, target=target, formats=wanted)
+        for paths in outcome.reports.values():
+            if open_page and paths.html is not None:
                 webbrowser.open(paths.html.resolve().as_uri())
         return outcome
 
     def document(outcome: Outcome) -> Any:
-        return {name: {"html": str(p.html), "markdown": str(p.markdown)} for name, p in outcome.reports.items()}
+        return {name: paths.to_dict() for name, paths in outcome.reports.items()}
 
     finish(work, document, as_json, no_gate, quiet)
 

@@ -110,7 +110,7 @@ def _save_pictures(split: PreparedSplit, indices: NDArray[np.int64], folder: Pat
     """Write the prepared images, uint8 [N, C, H, W], at most 96 pixels wide; returns their names."""
     for stale in folder.glob("*.png") if folder.is_dir() else ():
         stale.unlink()
-    names = []
+    names: list[str] = []
     for images, _ in split.batches(len(indices), indices=torch.from_numpy(indices)) if len(indices) else ():
         for image in images.numpy():
             name = f"{int(indices[len(names)])}.png"

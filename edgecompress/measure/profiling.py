@@ -232,7 +232,9 @@ def _timing(measurement: LatencyMeasurement, name: str, images: int) -> Json:
         latency["on_cpu_p50"] = float(np.median(np.concatenate(measurement.on_cpu_ms[name])))
     all_ms = measurement.latencies_ms(name)
     latency["mean"] = mean = float(all_ms.mean())
-    quantiles = {f"{share:g}": float(value) for share, value in zip(_QUANTILES, np.quantile(all_ms, _QUANTILES), strict=True)}
+    quantiles = {
+        f"{share:g}": float(value) for share, value in zip(_QUANTILES, np.quantile(all_ms, _QUANTILES), strict=True)
+    }
     return {"latency_ms": latency, "latency_ms_quantiles": quantiles, "throughput_per_s": 1000.0 * images / mean}
 
 

@@ -1,70 +1,61 @@
-"""Stages and a profile in, the two figures of the report as plain geometry out.
+"""Stages and a profile in, the figures of what was gained and paid out, as facts that `drawing` draws.
 
-What enters: rows of `summary.stage_rows` and a profile. What leaves: axes with round ticks, and bars, dots and
-intervals in data units. The template draws them as SVG with positions in percent, so that a figure fits a phone without
-its type shrinking.
+What enters: the rows of `variants`. What leaves: figures as JSON: numbers in the units that their axes name, and a
+sentence that says what is drawn. A figure that would hold a single point is None.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
 from edgecompress.reporting import summary
-from edgecompress.reporting.summary import Json, number, section
+from edgecompress.reporting.summary import Json, entries, number, section
+from edgecompress.reporting.variants import mark_front, name_of, pair
+
+Figure = dict[str, Any]
 
 
-def _axis(low: float, high: float) -> dict[str, Any]:
-    """An axis that holds [low, high], with about five ticks at multiples of 1, 2 or 5 times a power of ten."""
-    rough = max(high - low, 1e-9) / 4
-    power = 10.0 ** math.floor(math.log10(rough))
-    step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= 0.999 * rough)
-    first, last = math.floor(low / step + 1e-6), math.ceil(high / step - 1e-6)
-    decimals = max(0, -math.floor(math.log10(step) + 1e-9))
-    ticks = [{"at": i * step, "text": f"{i * step:.{decimals}f}"} for i in range(first, last + 1)]
-    return {"low": first * step, "high": last * step, "ticks": ticks}
+def figures_of(*found: Figure | None) -> list[Figure]:
+    """Those that there are."""
+    return [figure for figure in found if figure is not None]
 
 
-def _pair(value: object) -> tuple[float | None, float | None]:
-    """The two ends of an interval, or two times None."""
-    if not isinstance(value, (list, tuple)) or len(value) != 2:
-        return None, None
-    low, high = number(value[0]), number(value[1])
-    return (None, None) if low is None or high is None else (low, high)
-
-
-def accuracy_figure(stages: Sequence[Json]) -> dict[str, Any] | None:
+def accuracy_figure(stages: Sequence[Json]) -> Figure | None:
     """Accuracy in percent by stage, with its 95 % interval; the mark is the baseline. None below two stages."""
     rows: list[dict[str, Any]] = []
     for row in stages:
         accuracy = number(row.get("accuracy"))
         if accuracy is None:
             continue
-        low, high = (None if end is None else 100 * end for end in _pair(row.get("accuracy_ci95")))
-        text = summary.percent_text(accuracy)
+        interval = _percent(pair(row.get("accuracy_ci95")))
         rows.append(
             {
                 "label": summary.printable(row.get("id"), limit=24),
-                "bar": None,
+                "series": row.get("model") or ("int8" if row.get("kind") in ("quantize", "qat") else "fp32"),
                 "dot": 100 * accuracy,
-                "low": low,
-                "high": high,
-                "text": text,
+                "low": interval[0] if interval else None,
+                "high": interval[1] if interval else None,
+                "text": summary.percent_text(accuracy),
             }
         )
     if len(rows) < 2:
         return None
-    values = [value for row in rows for value in (row["dot"], row["low"], row["high"]) if value is not None]
-    margin = 0.1 * max(max(values) - min(values), 1.0)
-    axis = _axis(max(0.0, min(values) - margin), min(100.0, max(values) + margin))
     marks = [
         100 * float(row["accuracy"]) for row in stages if row["is_baseline"] and number(row.get("accuracy")) is not None
     ]
-    return {"unit": "%", "axis": axis, "rows": rows, "mark": marks[0] if marks else None}
+    return {
+        "id": "accuracy-figure",
+        "kind": "rows",
+        "title": "Accuracy by stage",
+        "description": "Dots are measured accuracies, whiskers their 95 % intervals; the dashed line is the baseline.",
+        "x": {"label": "accuracy, %", "limits": [0.0, 100.0]},
+        "rows": rows,
+        "mark": marks[0] if marks else None,
+    }
 
 
-def latency_figure(profile: Json, budgets: Sequence[Json]) -> dict[str, Any] | None:
+def latency_figure(profile: Json, budgets: Sequence[Json]) -> Figure | None:
     """Latency in ms of each model: bars to the median, dots at the 90th percentile; the mark is its budget.
 
     None when no latency was measured.
@@ -75,12 +66,114 @@ def latency_figure(profile: Json, budgets: Sequence[Json]) -> dict[str, Any] | N
         median, tail = number(latency.get("p50")), number(latency.get("p90"))
         if median is None:
             continue
-        low, high = _pair(latency.get("p90_ci95")) if tail is not None else (None, None)
+        interval = pair(latency.get("p90_ci95")) if tail is not None else None
+        row = {"label": name, "bar": median, "dot": tail}
+        row |= {"low": interval[0] if interval else None, "high": interval[1] if interval else None}
         text = f"{summary.number_text(median)} ms" + (f", 90 % within {summary.number_text(tail)} ms" if tail else "")
-        rows.append({"label": name, "bar": median, "dot": tail, "low": low, "high": high, "text": text})
+        rows.append({**row, "text": text})
     if not rows:
         return None
     highest = max(value for row in rows for value in (row["bar"], row["dot"], row["high"]) if value is not None)
     budget = next((number(row["limit"]) for row in budgets if row["name"] == "latency_ms_p90"), None)
     mark = budget if budget is not None and budget <= 3 * highest else None  # a far budget would squash the bars
-    return {"unit": "ms", "axis": _axis(0.0, 1.02 * max(highest, mark or 0.0)), "rows": rows, "mark": mark}
+    end = "; the dashed line is its budget." if mark is not None else "."
+    return {
+        "id": "latency-figure",
+        "kind": "rows",
+        "title": "Latency of one inference",
+        "description": f"Bars end at the median, dots mark the 90th percentile with its 95 % interval{end}",
+        "x": {"label": "latency, ms"},
+        "rows": rows,
+        "mark": mark,
+    }
+
+
+def latency_trade_off(rows: Sequence[Json]) -> Figure | None:
+    """Accuracy against median latency of every file that was measured, with intervals both ways."""
+    points = [
+        point | {"x": row["latency_ms_p50"], "x_ci95": row["latency_ms_p50_ci95"]}
+        for row, point in _points(rows)
+        if row["latency_ms_p50"] is not None
+    ]
+    for point in points:
+        point["text"] = f"{summary.number_text(point['x'])} ms, {point['text']}"
+    return _trade_off("latency-trade-off", "Accuracy against latency", "median latency, ms", points)
+
+
+def size_trade_off(rows: Sequence[Json]) -> Figure | None:
+    """Accuracy against the compressed size of every stage, in kB or MB."""
+    sizes = {id(row): number(row.get("size_bytes_compressed")) or number(row.get("size_bytes")) for row in rows}
+    largest = max((size for size in sizes.values() if size), default=1.0)
+    unit, scale = ("MB", 1e6) if largest >= 1e6 else ("kB", 1e3)
+    points = []
+    for row, point in _points(rows):
+        size = sizes[id(row)]
+        if size:
+            kept = "compressed" if number(row.get("size_bytes_compressed")) else "uncompressed"
+            text = f"{summary.bytes_text(size)} {kept}, {point['text']}"
+            points.append(point | {"x": size / scale, "x_ci95": None, "text": text})
+    return _trade_off("size-trade-off", "Accuracy against size", f"compressed size of the weights, {unit}", points)
+
+
+def placement_figure(placement: Json) -> Figure | None:
+    """Agreement with fp32 against latency for every placement that was measured; None below two of them."""
+    trials = entries(placement, "trials")
+    points: list[dict[str, Any]] = []
+    for trial in trials:
+        latency, agreement = number(trial.get("latency_ms")), number(trial.get("agreement"))
+        if latency is None or agreement is None:
+            continue
+        layers = len(trial.get("float_layers") or [])
+        text = f"{summary.number_text(latency)} ms, {summary.percent_text(agreement)} agreement, {layers} in float"
+        chosen = trial.get("id") == placement.get("choice")
+        label = f"{trial.get('id')}{' (chosen)' if chosen else ''}"
+        points.append({"label": label, "series": "int8", "x": latency, "y": 100 * agreement, "text": text})
+    return _trade_off(
+        "placement-figure",
+        "Placements that were tried",
+        "latency, ms",
+        points,
+        y="agreement with fp32, %",
+        description="Each mark is one choice of layers that stay in float, measured on held-out images and on this "
+        "CPU; the dashed line joins those that no other beats in both.",
+    )
+
+
+def _points(rows: Sequence[Json]) -> list[tuple[Json, dict[str, Any]]]:
+    """The variants whose accuracy is known, as points without x."""
+    found = []
+    for row in rows:
+        if number(row.get("accuracy")) is not None:
+            interval = _percent(pair(row.get("accuracy_ci95")))
+            series = row["model"] or ("int8" if row.get("kind") in ("quantize", "qat") else f"stage {row.get('id')}")
+            point = {"label": name_of(row), "series": series, "y": 100 * row["accuracy"], "y_ci95": interval}
+            found.append((row, point | {"text": f"{summary.percent_text(row['accuracy'])} accuracy"}))
+    return found
+
+
+def _trade_off(
+    figure_id: str,
+    title: str,
+    x: str,
+    points: list[dict[str, Any]],
+    *,
+    y: str = "accuracy, %",
+    description: str = "Up and to the left is better. Bars are 95 % intervals; the dashed line joins the variants that "
+    "no other beats in both.",
+) -> Figure | None:
+    if len(points) < 2:
+        return None
+    low, high = min(point["x"] for point in points), max(point["x"] for point in points)
+    return {
+        "id": figure_id,
+        "kind": "scatter",
+        "title": title,
+        "description": description,
+        "x": {"label": x, "log": low > 0 and high > 4 * low},
+        "y": {"label": y, "limits": [0.0, 100.0]},
+        "points": mark_front(points),
+    }
+
+
+def _percent(interval: list[float] | None) -> list[float] | None:
+    return None if interval is None else [100 * end for end in interval]

@@ -1,14 +1,15 @@
-"""A run in, one page per target out: self-contained HTML for reading, Markdown for a pull request.
+"""A run in, one page per target out: self-contained HTML to read, Markdown for a pull request, JSON for machines.
 
-What enters: a run directory. What leaves: report/<target>.html and .md. What a user supplied is escaped by
+What enters: a run directory. What leaves: report/<target>.html, .md and .json. What a user supplied is escaped by
 the template environments and not by each template, so that no place can be forgotten.
 """
 
 from __future__ import annotations
 
+import base64
 import functools
-import re
-from collections.abc import Mapping
+import hashlib
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,68 +17,64 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from edgecompress.reporting import summary
+from edgecompress.reporting import drawing, summary
 from edgecompress.reporting.report_facts import report_document
-from edgecompress.reporting.summary import Json
-from edgecompress.run_directory import RunDirectory, write_text
+from edgecompress.reporting.typography import markdown_code, markdown_text, typographic
+from edgecompress.run_directory import RunDirectory, write_json, write_text
 
-__all__ = ["ReportPaths", "markdown_text", "report_document", "write_report"]
+__all__ = ["FORMATS", "ReportPaths", "markdown_text", "render_html", "report_document", "write_report"]
+
+FORMATS = ("html", "md", "json")
 
 _TEMPLATES = Path(__file__).resolve().parent / "templates"
-_MARKDOWN_SPECIAL = re.compile(r"[\\`*\[\]|~#$]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])")
 
 
 @dataclass(frozen=True)
 class ReportPaths:
-    """Where the two pages of one target are."""
+    """Where the pages of one target are; None for a form that was not asked for."""
 
-    html: Path
-    markdown: Path
+    html: Path | None = None
+    markdown: Path | None = None
+    json: Path | None = None
+
+    def to_dict(self) -> dict[str, str]:
+        """Those that were written, by form."""
+        found = {"html": self.html, "markdown": self.markdown, "json": self.json}
+        return {name: str(path) for name, path in found.items() if path is not None}
 
 
-def write_report(run: RunDirectory, target: str) -> ReportPaths:
-    """Render both pages of a target and write them atomically. Raises RunError when `run` is no run directory."""
+def write_report(run: RunDirectory, target: str, formats: Collection[str] = FORMATS) -> ReportPaths:
+    """Render the pages of a target and write them atomically. Raises RunError when `run` is no run directory."""
     document = report_document(run, target)
-    paths = ReportPaths(html=run.report_path(target, "html"), markdown=run.report_path(target, "md"))
-    write_text(paths.html, _html_environment().get_template("report.html.j2").render(document))
-    write_text(paths.markdown, markdown_environment().get_template("report.md.j2").render(document))
-    return paths
+    return write_pages(document, run.report_path(target, "html"), "report", formats)
 
 
-def markdown_text(value: object) -> Markup:
-    """A value as Markdown that shows just its characters: on one line, with markup and HTML made inert."""
-    text = " ".join(summary.printable(value).split())
-    text = _MARKDOWN_SPECIAL.sub(lambda found: "\\" + found[0], text)
-    return Markup(text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;"))
+def write_pages(document: dict[str, Any], html: Path, template: str, formats: Collection[str]) -> ReportPaths:
+    """Write a document in the forms that are asked for, beside each other under the name of `html`."""
+    paths = {name: html.parent / f"{html.name.removesuffix('.html')}.{name}" for name in FORMATS if name in formats}
+    if "html" in paths:
+        write_text(paths["html"], render_html(f"{template}.html.j2", document))
+    if "md" in paths:
+        write_text(paths["md"], markdown_environment().get_template(f"{template}.md.j2").render(document))
+    if "json" in paths:
+        write_json(paths["json"], document)
+    return ReportPaths(html=paths.get("html"), markdown=paths.get("md"), json=paths.get("json"))
 
 
-def _markdown_code(value: object) -> Markup:
-    text = summary.printable(value).rstrip("\n")
-    fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", text)), default=0))
-    return Markup(f"{fence}\n{text}\n{fence}")
-
-
-def _typographic(value: object) -> str:
-    """Typeset text of ours: true minus signs, units that stay with their number, a dash for what is missing."""
-    text = str(value)
-    if text == summary.MISSING:
-        return "\N{EN DASH}"
-    text = re.sub(r"(?<![\w.])-(?=\d)", "\N{MINUS SIGN}", text)
-    return re.sub(r"(?<=\d) (?=(?:%|ms|s|[kMGT]?B|points|dB)(?!\w))", "\N{NO-BREAK SPACE}", text)
-
-
-def _place(value: float, axis: Json) -> str:
-    share = (value - axis["low"]) / (axis["high"] - axis["low"])
-    return f"{100 * min(1.0, max(0.0, share)):.2f}%"
+def render_html(template: str, document: Mapping[str, Any]) -> str:
+    """A page that holds its style and its script, and allows the browser nothing beside them."""
+    script = (_TEMPLATES / "page.js").read_text(encoding="utf-8")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    return _html_environment().get_template(template).render(document, script=Markup(script), script_sha256=digest)
 
 
 @functools.cache
 def _html_environment() -> Environment:
-    def typographic(function: Any) -> Any:
-        return lambda *arguments, **keywords: _typographic(function(*arguments, **keywords))
+    def typeset(function: Any) -> Any:
+        return lambda *arguments, **keywords: typographic(function(*arguments, **keywords))
 
-    filters = {name: typographic(function) for name, function in _FILTERS.items()}
-    filters["prose"] = _typographic
+    filters = {name: typeset(function) for name, function in _FILTERS.items()}
+    filters |= {"prose": typographic, "draw": drawing.draw, "legend": drawing.legend_of}
     return _environment(lambda value: value if isinstance(value, Markup) else summary.printable(value), filters)
 
 
@@ -85,7 +82,7 @@ def _html_environment() -> Environment:
 def markdown_environment() -> Environment:
     """Templates whose values come out as Markdown that shows just their characters."""
     finalize = lambda value: value if isinstance(value, Markup) else markdown_text(value)  # noqa: E731
-    return _environment(finalize, {**_FILTERS, "prose": str, "code": _markdown_code})
+    return _environment(finalize, {**_FILTERS, "prose": str, "code": markdown_code})
 
 
 _FILTERS: dict[str, Any] = {
@@ -109,5 +106,5 @@ def _environment(finalize: Any, filters: Mapping[str, Any]) -> Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters |= {**filters, "place": _place}
+    environment.filters |= filters
     return environment

@@ -30,6 +30,11 @@ _LABELS = {
     "fp32_min_top1_agreement": "ONNX fp32: top-1 agreement with PyTorch",
     "int8_min_top1_agreement": "ONNX int8: top-1 agreement with fp32",
     "torch_int8_min_top1_agreement": "ONNX int8: top-1 agreement with PyTorch int8",
+    "fp32_runs_fp32_max_relative_diff": "ONNX fp32 in other settings: largest relative difference",
+    "fp32_runs_fp32_min_top1_agreement": "ONNX fp32 in other settings: top-1 agreement",
+    "int8_runs_torch_int8_min_top1_agreement": "ONNX int8 in other settings: top-1 agreement",
+    "int8_runs_int8_min_top1_agreement": "ONNX int8, optimizer off: top-1 agreement",
+    "max_class_accuracy_drop": "Accuracy drop of the worst class, beyond chance",
     "max_accuracy_drop": "Accuracy drop",
     "min_int8_speedup": "int8 speedup over fp32",
     "latency_ms_p50": "Latency, median",
@@ -50,6 +55,7 @@ _LABELS = {
     "macs": "MACs",
     "predictions_vary": "Predictions vary from image to image",
     "trained_weights": "The weights were trained",
+    "ece": "Expected calibration error",
 }
 _MODELS = ("baseline", "fp32", "int8")
 # One row of the models table each: label, key, and the words for less and for more of it.
@@ -374,29 +380,10 @@ def judge(profile: Json | None, *, missed: Sequence[str] = ()) -> tuple[Verdict,
     return ("ship" if word == "ship" else "inconclusive"), reasons
 
 
-def missed_gates(gates: Iterable[Json], target: str | None = None) -> list[str]:
-    """One sentence for each missed gate that concerns the target (gates without a target concern all)."""
-    sentences = []
-    for gate in gates:
-        if gate.get("passed") is not False or gate.get("target") not in (None, target):
-            continue
-        if gate.get("sentence"):
-            sentences.append(printable(gate["sentence"]))
-            continue
-        name = str(gate.get("gate", "gate"))
-        measured = f": {quantity_text(gate.get('value'), name)}" if gate.get("value") is not None else ""
-        allowed = f", allowed: {limit_text(gate.get('limit'), name)}" if gate.get("limit") is not None else ""
-        sentences.append(f"Gate missed: {gate_label(gate)}{measured}{allowed}.")
-    return sentences
-
-
-def verdict_text(profile: Json, *, gates: Iterable[Json] = ()) -> str:
-    """The verdict and its reasons as plain text, one reason a line (print it with markup off).
-
-    `gates` are those of run.json: a missed one turns "ship" into "hold".
-    """
+def verdict_text(profile: Json) -> str:
+    """The verdict and its reasons as plain text, one reason a line (print it with markup off)."""
     target = printable(profile.get("target", "this target"))
-    verdict, reasons = judge(profile, missed=missed_gates(gates, profile.get("target")))
+    verdict, reasons = judge(profile)
     words = {"ship": "SHIP", "hold": "HOLD", "inconclusive": "INCONCLUSIVE", "unmeasured": "NOT MEASURED"}
     return "\n".join(
         [f"Verdict for {target}: {words[verdict]}", *(f"  - {' '.join(reason.split())}" for reason in reasons)]

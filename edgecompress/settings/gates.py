@@ -5,9 +5,9 @@ What enters: accuracies, speeds, and the limits that recipe and target set. What
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from edgecompress.run_directory import Json
 from edgecompress.settings.target import SPEED_BUDGET
@@ -36,14 +36,21 @@ def record_gates(manifest: Json, gates: list[Gate], *, step: str, target: str | 
     manifest["gates"] = [*others, *(gate.to_dict() for gate in gates)]
 
 
-def missed_gates(manifest: Json, target: str | None = None, *, without_speed_on: Collection[str] = ()) -> list[str]:
+def missed_gates(
+    manifest: Mapping[str, Any], target: str | None = None, *, without_speed_on: Collection[str] = ()
+) -> list[str]:
     """Sentences of the gates that were missed, for all targets or for one (and those that hold for every target).
 
     `without_speed_on` names targets whose profile judges speed, longer measured than what chose the placement.
     """
-    rows = [g for g in manifest.get("gates", []) if not g["passed"]]
-    rows = [g for g in rows if g["gate"] != SPEED_BUDGET or g["target"] not in without_speed_on]
-    return [str(g["sentence"]) for g in rows if target is None or g["target"] in (None, target)]
+    sentences = []
+    for gate in manifest.get("gates") or []:
+        if gate.get("passed") is not False or (target is not None and gate.get("target") not in (None, target)):
+            continue
+        if gate.get("gate") == SPEED_BUDGET and gate.get("target") in without_speed_on:
+            continue
+        sentences.append(str(gate.get("sentence") or f"Gate missed: {gate.get('gate', 'gate')}."))
+    return sentences
 
 
 def accuracy_gate(value: float, baseline: Json, limit: float, stage_id: str) -> Gate:

@@ -1,7 +1,7 @@
 """How far a model's confidence can be believed: expected calibration error, and what it is made of.
 
-What enters: logits and labels. What leaves: bins of images by confidence with the accuracy in each, and the error of Guo
-et al., "On Calibration of Modern Neural Networks", 2017. A device that acts on a threshold of confidence acts
+What enters: logits and labels. What leaves: bins of images by confidence with the accuracy in each, and the error of
+Guo et al., "On Calibration of Modern Neural Networks", 2017. A device that acts on a threshold of confidence acts
 otherwise where int8 moved it, even if every answer stays.
 """
 
