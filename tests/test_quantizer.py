@@ -11,6 +11,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from onnx import helper
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -203,6 +204,25 @@ def test_int8_activations_run_the_same_integer_graph(tmp_path: Path, name: str) 
     assert {operator: graph.op_counts.get(operator, 0) for operator in operators} == operators
     assert (graph.quantize_nodes, graph.dequantize_nodes) == (quantize_nodes, dequantize_nodes)
     assert graph.float_islands == [] or name in WITH_FLOAT_ISLANDS
+
+
+def test_the_runtimes_integer_bilinear_resize_cuts_fractions_off() -> None:
+    """Why a bilinear resize stays in float. Once this fails, the quantizer can treat it like a nearest one."""
+
+    def resized(values: np.ndarray, kind: int) -> np.ndarray:
+        node = helper.make_node(
+            "Resize", ["x", "", "scales"], ["y"], mode="linear", coordinate_transformation_mode="half_pixel"
+        )
+        ends = [helper.make_tensor_value_info(name, kind, [1, 4, side, side]) for name, side in (("x", 7), ("y", 14))]
+        scales = helper.make_tensor("scales", onnx.TensorProto.FLOAT, [4], [1.0, 1.0, 2.0, 2.0])
+        graph = helper.make_graph([node], "resize", ends[:1], ends[1:], [scales])
+        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+        session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+        return np.asarray(session.run(None, {"x": values})[0])
+
+    values = np.random.default_rng(0).integers(0, 256, (1, 4, 7, 7)).astype(np.uint8)
+    exact = resized(values.astype(np.float32), onnx.TensorProto.FLOAT)
+    assert np.array_equal(resized(values, onnx.TensorProto.UINT8), np.floor(exact).astype(np.uint8))
 
 
 @pytest.mark.slow

@@ -64,7 +64,7 @@ _MOVERS = {
     aten.slice.Tensor,
     aten.pad.default,
     aten.constant_pad_nd.default,
-    aten.upsample_nearest2d.vec,
+    aten.upsample_nearest2d.vec,  # not bilinear: the runtime's integer kernel cuts fractions off, half a step downwards
     aten.dropout.default,
     aten.dropout_.default,
     aten.contiguous.default,
@@ -181,6 +181,8 @@ class OnnxRuntimeQuantizer(Quantizer):  # type: ignore[misc]  # torchao ships no
         self.placement.quantized.append(Layer(name, node.name))
 
     def _annotate_elementwise(self, node: Node) -> None:
+        """Both tensors must be integers already: a sum with a float tensor (ConvNeXt's first stage, whose residual
+        begins at a layer norm) would lose accuracy by another rounding, and measured it was not faster for it."""
         sources = _nodes(node.args[:2])
         if len(sources) == 2 and all(self._is_integer(source) for source in sources):
             self._mark(node, {source: self._spec_of(source) for source in sources}, self._output_of(node))
