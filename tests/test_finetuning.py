@@ -32,6 +32,7 @@ def reference_of(model: QuantizedModel) -> GraphModule:
 def test_tuning_helps_on_unseen_images_and_says_by_how_much() -> None:
     model = quantized(seeded(Residual()), scheme=COARSE, samples=images(64))
     tuned = finetune(model, reference_of(model), images(128, seed=1), images(32, seed=2))
+    assert tuned.is_kept
     assert tuned.gain_db > 0.3
     unseen = images(256, seed=3)
     assert noise(tuned.model, unseen) < 0.95 * noise(model, unseen)
@@ -42,7 +43,26 @@ def test_what_does_not_help_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
     model = quantized(seeded(Residual()), scheme=COARSE, samples=images(64))
     tuned = finetune(model, reference_of(model), images(32, seed=1), images(16, seed=2))
     assert tuned.model is model
+    assert not tuned.is_kept
     assert tuned.gain_db < 0
+
+
+def test_a_gain_within_chance_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One image with a large error gets better by far, most of the others worse."""
+    model = quantized(seeded(Residual()), scheme=COARSE, samples=images(64))
+    before = torch.ones(16, dtype=torch.float64)
+    before[0] = 100.0
+    after = torch.where(torch.arange(16) % 2 == 0, 0.9, 1.01).double()
+
+    def noises(wanted: torch.Tensor, judged: QuantizedModel, inputs: torch.Tensor) -> torch.Tensor:
+        return before if judged is model else after
+
+    monkeypatch.setattr(finetuning, "_noise", noises)
+    tuned = finetune(model, reference_of(model), images(32, seed=1), images(16, seed=2))
+    assert tuned.gain_db > 3
+    assert tuned.better == 8
+    assert not tuned.is_kept
+    assert tuned.model is model
 
 
 def test_tuning_is_deterministic() -> None:

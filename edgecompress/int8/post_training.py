@@ -138,10 +138,12 @@ def _finetuned(
     if len(seen) + len(unseen) < _MIN_COMPENSATION_IMAGES:
         return model
     tuned = finetune(model, reference, seen, unseen)
-    done = "tuned as a whole, judged on" if tuned.gain_db > 0 else "not tuned as a whole: worse on"
-    return replace(
-        tuned.model, correction=f"{model.correction}; {done} {len(unseen)} held-out images ({tuned.gain_db:+.1f} dB)"
-    )
+    found = f"{tuned.gain_db:+.1f} dB, better on {tuned.better} of {len(unseen)} held-out images"
+    if tuned.is_kept:
+        done = f"tuned as a whole ({found})"
+    else:
+        done = f"not tuned as a whole: {'no more than chance' if tuned.gain_db > 0 else 'worse'} ({found})"
+    return replace(tuned.model, correction=f"{model.correction}; {done}")
 
 
 def _seen_and_held_out(images: Tensor) -> tuple[Tensor, Tensor]:
