@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from edgecompress.commands import making, measuring_commands, shipping, studying
+from edgecompress.commands import making, measuring_commands, shipping, starting, studying
 from edgecompress.commands.cli_output import print_json
 from edgecompress.commands.cli_runs import runs_app
 from edgecompress.commands.cli_schemas import schema_app
@@ -45,7 +45,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for commands in (making.app, measuring_commands.app, shipping.app, studying.app):
+for commands in (starting.app, making.app, measuring_commands.app, shipping.app, studying.app):
     app.add_typer(commands)
 app.add_typer(recipes_app, name="recipes")
 app.add_typer(targets_app, name="targets")
