@@ -112,7 +112,7 @@ def test_documents_of_a_run_and_of_all_that_looks_at_it(command_line: CommandLin
         ("files-profile", ["profile", *files, "--target", "x86", "--seconds", "1", "--sweep", "none"]),
         ("report", ["report", "run"]),
         ("bundle", ["bundle", "run", "--target", "x86"]),
-        ("verify", ["verify", "run/bundle/run-x86.tar.gz"]),
+        ("verify", ["verify", "run/bundle/prune_kd-x86"]),
         ("sensitivity", ["sensitivity", "run", "--images", "32", "--no-latency"]),
         ("debug-int8", ["debug-int8", "run", "--images", "16", "--worst", "1"]),
     ]
