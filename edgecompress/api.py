@@ -38,6 +38,7 @@ def run(
     output: Name | None = None,
     resume: bool = False,
     cache: Name | None = None,
+    with_preprocessing: bool = False,
     seconds: float | None = None,
     thoroughness: Thoroughness = "standard",
     progress: bool = False,
@@ -47,14 +48,15 @@ def run(
     `recipe` and `target` are files or shipped names. `settings` overrides the recipe's fields by dotted path, as
     `--set` does: `{"data.root": "my_images", "stages.pruned.channel_ratio": 0.3}`. `output` is the run directory to
     make, left out one under `runs/`; with `resume` an unfinished run there goes on. `cache` is a folder from which
-    finished stages are taken, and in which they are kept. `seconds` bounds the time for which latency is measured.
-    `progress` shows on stderr what the command line shows.
+    finished stages are taken, and in which they are kept. `with_preprocessing` makes files that take uint8 images of
+    any size. `seconds` bounds the time for which latency is measured. `progress` shows on stderr what the command line
+    shows.
     """
     targets = [target] if isinstance(target, str | os.PathLike) else list(target)
     if not targets:
         raise ConfigurationError("target: none given; give a name such as 'x86', or a list of them")
     names, overrides = [os.fspath(name) for name in targets], _overrides(settings)
-    words = [word for name in names for word in ("--target", name)]
+    words = [word for name in names for word in ("--target", name)] + ["--with-preprocessing"] * with_preprocessing
     with _call(progress):
         return _result(
             pipeline.run(
@@ -64,6 +66,7 @@ def run(
                 output=_path(output),
                 resume=resume,
                 cache=_path(cache),
+                with_preprocessing=with_preprocessing,
                 seconds=seconds,
                 thoroughness=_known(thoroughness),
                 command=_command("run", recipe, words, overrides, output),
@@ -105,13 +108,16 @@ def export(
     int8: bool = False,
     with_preprocessing: bool = False,
     ort: bool = False,
+    softmax: bool = False,
+    top_k: int | None = None,
     settings: Mapping[str, object] | None = None,
     progress: bool = False,
 ) -> RunResult:
     """Write a run's ONNX files and check that they answer as PyTorch does, on real images.
 
     `run` is a result, a run directory, or left out the newest under `runs/`. `with_preprocessing` makes files that take
-    uint8 images of any size; `ort` writes ONNX Runtime's own format beside them.
+    uint8 images of any size; `ort` writes ONNX Runtime's own format beside them; `softmax` and `top_k` add outputs
+    behind the logits.
     """
     with _call(progress):
         return _result(
@@ -121,6 +127,8 @@ def export(
                 int8=int8,
                 with_preprocessing=with_preprocessing,
                 ort=ort,
+                softmax=softmax,
+                top_k=top_k,
                 overrides=_overrides(settings),
             )
         )

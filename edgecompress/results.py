@@ -107,10 +107,11 @@ class Profile:
 
 @dataclass(frozen=True)
 class ReportFiles:
-    """The two pages of a target's report."""
+    """A target's report: the page, the same for a pull request, and the same for machines."""
 
     html: Path
     markdown: Path
+    json: Path
 
 
 @dataclass(frozen=True)
@@ -175,6 +176,7 @@ def _read_result(run: RunDirectory, is_first_process: bool) -> RunResult:
     missed += [sentence for profile in profiles.values() for sentence in profile.missed]
     parities = (_parity(path) for path in sorted(run.export.rglob("parity.json")))
     names = sorted(path.stem for path in (run.path / "report").glob("*.html"))
+    files = {name: [run.report_path(name, form) for form in ("html", "md", "json")] for name in names}
     return RunResult(
         path=run.path,
         status=str(manifest["status"]),
@@ -182,7 +184,7 @@ def _read_result(run: RunDirectory, is_first_process: bool) -> RunResult:
         baseline_accuracy=_estimate(manifest.get("baseline") or {}, "accuracy"),
         parity={parity.target: parity for parity in parities},
         profiles=profiles,
-        reports={name: ReportFiles(run.report_path(name, "html"), run.report_path(name, "md")) for name in names},
+        reports={name: ReportFiles(*paths) for name, paths in files.items()},
         missed=tuple(dict.fromkeys(missed)),
         manifest=manifest,
         is_first_process=is_first_process,
