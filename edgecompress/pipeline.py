@@ -38,6 +38,7 @@ from edgecompress.steps.apply_run import apply_recipe, start_manifest
 from edgecompress.steps.channel_sensitivity_run import channel_sensitivity_run
 from edgecompress.steps.debug_run import debug_run
 from edgecompress.steps.export_run import export_folder, export_run
+from edgecompress.steps.plan_run import plan_document
 from edgecompress.steps.profile_files import profile_files as measure_files
 from edgecompress.steps.profile_run import profile_run
 from edgecompress.steps.run_state import recipe_document, recipe_of
@@ -290,6 +291,25 @@ def run(
     return Outcome(directory, manifest, list(dict.fromkeys(missed)), profiles, reports)
 
 
+def plan(
+    recipe_source: str,
+    *,
+    targets: Sequence[str],
+    overrides: Sequence[str] = (),
+    output: Path | None = None,
+    resume: bool = False,
+    profiled_for: float | None = None,
+    command: str = "",
+) -> Json:
+    """What `apply` or, with `profiled_for` seconds of measuring, `run` would do; nothing is written."""
+    recipe = load_recipe(recipe_source, overrides)
+    names = [target.name for target in _load_targets(targets)]
+    directory, has_run, _ = _place(recipe, output, resume)
+    stages = directory.read_manifest()["stages"] if has_run else []
+    complete = [str(stage["id"]) for stage in stages if stage["status"] == "complete"]
+    return plan_document(recipe, directory.path, names, complete=complete, profiled_for=profiled_for, command=command)
+
+
 def _open_cache(folder: Path | None) -> StageCache | None:
     """The cache of stages that was asked for. Raises ConfigurationError where several processes would fill it."""
     if folder is None:
@@ -351,6 +371,24 @@ def _start(
     command: str,
 ) -> _Started:
     """A new run directory, or with `resume` the one that is there. Nothing is overwritten unasked."""
+    directory, has_run, has_folder = _place(recipe, output, resume)
+    if has_run:
+        manifest = directory.read_manifest()
+        missing = [name for name in targets if name not in manifest["targets"]]
+        if missing:
+            directory.update_manifest(lambda m: m.update(targets=[*m["targets"], *missing], status="running"))
+        return _Started(directory)
+    manifest = start_manifest(recipe, source=source, overrides=list(overrides), targets=targets, command=command)
+    try:
+        directory.path.mkdir(parents=True, exist_ok=True)
+        directory.write_manifest(manifest)
+    except OSError as error:
+        raise RunError(f"{directory.path}: cannot be written: {error.strerror}; choose another --output") from error
+    return _Started(directory, made_run=True, made_folder=not has_folder)
+
+
+def _place(recipe: Recipe, output: Path | None, resume: bool) -> tuple[RunDirectory, bool, bool]:
+    """Where a run goes, and whether a run and a folder are there already. Raises RunError where it may not go there."""
     if resume and output is None:
         raise RunError("--resume needs --output DIR, the run to go on with")
     directory = RunDirectory(output if output is not None else new_run_path(recipe.name))
@@ -371,17 +409,7 @@ def _start(
                 f"{directory.path}: was made with another recipe ({', '.join(changed[:5])}); "
                 "repeat the same command, or choose another --output"
             )
-        missing = [name for name in targets if name not in manifest["targets"]]
-        if missing:
-            directory.update_manifest(lambda m: m.update(targets=[*m["targets"], *missing], status="running"))
-        return _Started(directory)
-    manifest = start_manifest(recipe, source=source, overrides=list(overrides), targets=targets, command=command)
-    try:
-        directory.path.mkdir(parents=True, exist_ok=True)
-        directory.write_manifest(manifest)
-    except OSError as error:
-        raise RunError(f"{directory.path}: cannot be written: {error.strerror}; choose another --output") from error
-    return _Started(directory, made_run=True, made_folder=not has_folder)
+    return directory, has_run, has_folder
 
 
 def _train_along(recipe: Recipe, target: Target | None, output: Path | None, resume: bool) -> Outcome:

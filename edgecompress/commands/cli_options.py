@@ -60,6 +60,9 @@ ResumeOption = Annotated[bool, typer.Option("--resume/--no-resume", help="Go on 
 CacheOption = Annotated[
     Path | None, typer.Option("--cache", help="A folder of finished stages: taken from there, and kept there.")
 ]
+DryRunOption = Annotated[
+    bool, typer.Option("--dry-run", help="Say what would be done, with time, disk and memory; do nothing.")
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout.")]
 NoGateOption = Annotated[bool, typer.Option("--no-gate", help="End with 0 where a gate or budget was missed.")]
 QuietOption = Annotated[bool, typer.Option("--quiet", help="Print warnings and the result only.")]

@@ -5,13 +5,16 @@ What enters: a recipe or a run directory. What leaves: run directories, exported
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
 from edgecompress.commands.checks import require_recipe_and_targets, require_run_and_target, thoroughness_of
 from edgecompress.commands.cli_options import (
     CacheOption,
+    DryRunOption,
     JsonOption,
     NoGateOption,
     OptionalTarget,
@@ -25,11 +28,12 @@ from edgecompress.commands.cli_options import (
     SetOption,
     ThoroughOption,
 )
-from edgecompress.commands.cli_output import command_line, finish
+from edgecompress.commands.cli_output import command_line, conclude, finish
 from edgecompress.commands.completion import complete_targets
 
 if TYPE_CHECKING:
     from edgecompress.pipeline import Outcome
+    from edgecompress.run_directory import Json
 
 app = typer.Typer()
 
@@ -46,11 +50,15 @@ def apply(
     output: OutputOption = None,
     resume: ResumeOption = False,
     cache: CacheOption = None,
+    dry_run: DryRunOption = False,
     as_json: JsonOption = False,
     no_gate: NoGateOption = False,
     quiet: QuietOption = False,
 ) -> None:
     """Apply a recipe's stages in PyTorch: train, distill, prune, factorize, quantize, qat."""
+    if dry_run:
+        targets = [target] if target is not None else []
+        _plan(recipe, targets, overrides, output, resume, lambda: None, as_json, quiet)
 
     def work() -> Outcome:
         require_recipe_and_targets(recipe, overrides or (), [target] if target is not None else [])
@@ -123,6 +131,7 @@ def run_command(
     output: OutputOption = None,
     resume: ResumeOption = False,
     cache: CacheOption = None,
+    dry_run: DryRunOption = False,
     with_preprocessing: PreprocessingOption = False,
     seconds: SecondsOption = None,
     quick: QuickOption = False,
@@ -132,6 +141,14 @@ def run_command(
     quiet: QuietOption = False,
 ) -> None:
     """Apply, export with int8, profile and report, in one go."""
+    if dry_run:
+
+        def measured() -> float:
+            from edgecompress.measure.measuring import THOROUGHNESS
+
+            return THOROUGHNESS[thoroughness_of(quick, thorough)].seconds if seconds is None else seconds
+
+        _plan(recipe, targets, overrides, output, resume, measured, as_json, quiet)
 
     def work() -> Outcome:
         thoroughness = thoroughness_of(quick, thorough)
@@ -152,3 +169,36 @@ def run_command(
         )
 
     finish(work, lambda outcome: outcome.manifest, as_json, no_gate, quiet)
+
+
+def _plan(
+    recipe: str,
+    targets: Sequence[str],
+    overrides: Sequence[str] | None,
+    output: Path | None,
+    resume: bool,
+    profiled_for: Callable[[], float | None],
+    as_json: bool,
+    quiet: bool,
+) -> NoReturn:
+    """--dry-run: what the command would do, and nothing done."""
+
+    def work() -> Json:
+        require_recipe_and_targets(recipe, overrides or (), targets)
+        from edgecompress import pipeline
+
+        how: dict[str, Any] = {"output": output, "resume": resume, "profiled_for": profiled_for()}
+        command = command_line().replace(" --dry-run", "")
+        return pipeline.plan(recipe, targets=targets, overrides=overrides or (), command=command, **how)
+
+    def show(document: Json) -> None:
+        from rich.console import Console
+
+        from edgecompress.reporting.plan_text import plan_lines, plan_table
+
+        stdout = Console(highlight=False, emoji=False)
+        stdout.print(plan_table(document))
+        for line in plan_lines(document):
+            stdout.print(line, markup=False, soft_wrap=True)
+
+    conclude(work, show=show, as_json=as_json, quiet=quiet)
