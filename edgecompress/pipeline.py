@@ -28,7 +28,8 @@ from edgecompress.measure.measuring import STANDARD, THOROUGHNESS
 from edgecompress.measure.model_files import parse_shapes
 from edgecompress.measure.runtime_options import parse_providers
 from edgecompress.measure.sweeps import parse_sweeps
-from edgecompress.reporting.report_page import FORMATS, ReportPaths, write_report
+from edgecompress.reporting.comparison import comparison_document
+from edgecompress.reporting.report_page import FORMATS, ReportPaths, write_pages, write_report
 from edgecompress.run_directory import RUNS_ROOT, Json, RunDirectory, new_run_path, open_run, read_json, write_json
 from edgecompress.settings.gates import missed_gates
 from edgecompress.settings.recipe import QatStage, Recipe, load_recipe
@@ -175,6 +176,20 @@ def report(path: Path | None, *, target: str | None = None, formats: Sequence[st
         raise RunError(f"{run.path}: no target yet; first: edgecompress profile {run.path} --target x86")
     reports = {name: write_report(run, name, formats) for name in names}
     return Outcome(run, _with_artifacts(run), reports=reports)
+
+
+def compare(
+    paths: Sequence[Path], *, target: str | None = None, output: Path | None = None, formats: Sequence[str] = FORMATS
+) -> tuple[Json, ReportPaths]:
+    """Compare runs, on one target or on all they were profiled on; returns the document, and where its pages are.
+
+    They go into the folder `output`, by default a new one beside the runs.
+    """
+    document = comparison_document([open_run(path) for path in paths], load_target(target).name if target else None)
+    folder = output if output is not None else new_run_path("comparison")
+    if output is not None and any((folder / f"comparison.{name}").exists() for name in formats):
+        raise ConfigurationError(f"--output {folder}: holds a comparison already; name another folder, or remove it")
+    return document, write_pages(document, folder / "comparison.html", "comparison", formats)
 
 
 def bundle(

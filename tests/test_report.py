@@ -32,7 +32,7 @@ from report_runs import (
 VOID = frozenset(("meta", "br", "img"))
 
 
-class _Page(HTMLParser):
+class HtmlPage(HTMLParser):
     """Collects tags, attributes and text, and checks that tags nest."""
 
     def __init__(self, html: str) -> None:
@@ -81,9 +81,9 @@ def _figure(part: dict[str, Any], name: str) -> dict[str, Any]:
     return figure
 
 
-def _render(run: RunDirectory) -> tuple[_Page, str]:
+def _render(run: RunDirectory) -> tuple[HtmlPage, str]:
     paths = write_report(run, "x86")
-    return _Page(paths.html.read_text(encoding="utf-8")), paths.markdown.read_text(encoding="utf-8")
+    return HtmlPage(paths.html.read_text(encoding="utf-8")), paths.markdown.read_text(encoding="utf-8")
 
 
 def test_both_pages_carry_the_same_facts_in_the_order_of_the_questions(tmp_path: Path) -> None:

@@ -12,7 +12,8 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, Page, sync_playwright
 
-from edgecompress.reporting.report_page import write_report
+from edgecompress.reporting.comparison import comparison_document
+from edgecompress.reporting.report_page import write_pages, write_report
 from edgecompress.run_directory import RunDirectory
 from report_runs import full_run, hostile_run
 
@@ -71,6 +72,26 @@ def full(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def hostile(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return _report(full_run(tmp_path_factory.mktemp("hostile") / "run", names=NAMES))
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("compared")
+    runs = [full_run(folder / name) for name in ("one run", "another run of a rather long name", "third")]
+    page = write_pages(comparison_document(runs), folder / "comparison.html", "comparison", ["html"]).html
+    assert page is not None
+    return page
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+def test_a_comparison_opens_in_peace_and_without_barriers(browser: Browser, compared: Path, width: int) -> None:
+    visit = Visit(browser, compared, width=width)
+    assert visit.page.locator("svg.plot").count() == 2
+    assert visit.page.evaluate("document.documentElement.scrollWidth") <= width
+    assert (visit.said, visit.asked_outside) == ([], [])
+    found = Axe().run(visit.page).response["violations"]
+    assert [v["id"] for v in found if v["impact"] in ("serious", "critical")] == []
+    visit.page.close()
 
 
 @pytest.mark.parametrize("width", [390, 1280])

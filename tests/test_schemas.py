@@ -111,6 +111,7 @@ def test_documents_of_a_run_and_of_all_that_looks_at_it(command_line: CommandLin
         ("profile", ["profile", "run", "--target", "rpi4"]),
         ("files-profile", ["profile", *files, "--target", "x86", "--seconds", "1", "--sweep", "none"]),
         ("report", ["report", "run"]),
+        ("comparison", ["compare", "run", "--output", "compared"]),
         ("bundle", ["bundle", "run", "--target", "x86"]),
         ("verify", ["verify", "run/bundle/prune_kd-x86"]),
         ("sensitivity", ["sensitivity", "run", "--images", "32", "--no-latency"]),

@@ -30,6 +30,9 @@ RunArgument = Annotated[
         metavar="[RUN]", help="A run directory; left out, the newest under runs/.", autocompletion=complete_runs
     ),
 ]
+RunsArgument = Annotated[
+    list[Path], typer.Argument(metavar="RUN RUN...", help="Run directories.", autocompletion=complete_runs)
+]
 TargetOption = Annotated[
     str,
     typer.Option(

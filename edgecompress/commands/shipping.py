@@ -1,4 +1,4 @@
-"""The commands around what ships: report, bundle, verify.
+"""The commands around what ships: report, compare, bundle, verify.
 
 What enters: a run directory with its export done. What leaves: pages, a bundle, or the proof that one is whole.
 """
@@ -19,6 +19,7 @@ from edgecompress.commands.cli_options import (
     OptionalTarget,
     QuietOption,
     RunArgument,
+    RunsArgument,
     TargetOption,
 )
 from edgecompress.commands.cli_output import conclude, finish
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from edgecompress.deploy.bundle import Bundle
     from edgecompress.deploy.verify import Verification
     from edgecompress.pipeline import Outcome
+    from edgecompress.reporting.report_page import ReportPaths
     from edgecompress.run_directory import Json
 
 app = typer.Typer()
@@ -60,6 +62,58 @@ def report(
         return {name: paths.to_dict() for name, paths in outcome.reports.items()}
 
     finish(work, document, as_json, no_gate, quiet)
+
+
+@app.command()
+def compare(
+    runs: RunsArgument,
+    target: OptionalTarget = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", help="The folder to write; left out, a new one under runs/.")
+    ] = None,
+    open_page: Annotated[bool, typer.Option("--open", help="Open the page in a browser.")] = False,
+    formats: FormatOption = None,
+    as_json: JsonOption = False,
+    no_gate: NoGateOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Compare runs, or one run on several targets: differences with intervals, and which is better for what.
+
+    Ends with 3 where none of them may ship.
+    """
+
+    def work() -> tuple[Json, ReportPaths]:
+        for run in runs:
+            require_run_and_target(run, target)
+        wanted = page_formats(formats, opened=open_page)
+        from edgecompress import pipeline
+
+        document, paths = pipeline.compare(runs, target=target, output=output, formats=wanted)
+        if open_page and paths.html is not None:
+            webbrowser.open(paths.html.resolve().as_uri())
+        return document, paths
+
+    def document(result: tuple[Json, ReportPaths]) -> Json:
+        return {**result[0], "pages": result[1].to_dict()}
+
+    def show(result: tuple[Json, ReportPaths]) -> None:
+        from rich.console import Console
+
+        from edgecompress.reporting.profile_text import comparison_table
+
+        facts, paths = result
+        stdout = Console(highlight=False, emoji=False)
+        stdout.print(facts["sentence"], markup=False, soft_wrap=True)
+        for note in facts["notes"]:
+            stdout.print(f"note: {note}", markup=False, soft_wrap=True)
+        stdout.print(comparison_table(facts))
+        stdout.print(f"comparison: {next(iter(paths.to_dict().values()))}", markup=False, soft_wrap=True)
+
+    def exit_code(result: tuple[Json, ReportPaths]) -> int:
+        held = all(candidate["verdict"] == "hold" for candidate in result[0]["candidates"])
+        return EXIT_GATE_MISSED if held and not no_gate else EXIT_OK
+
+    conclude(work, document=document, show=show, exit_code=exit_code, as_json=as_json, quiet=quiet)
 
 
 @app.command()

@@ -171,8 +171,9 @@ def _tick_text(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 10_000 else text.replace("-", "\N{MINUS SIGN}")
 
 
-def _style_of(name: object, position: int) -> tuple[str, Any, Any]:
-    place = series_number(name, position) - 1
+def _style_of(name: object, position: int, chosen: int | None = None) -> tuple[str, Any, Any]:
+    """Colour, mark and stroke: by name, or the `chosen` one of the six."""
+    place = series_number(name, position) - 1 if chosen is None else chosen % len(_MARKS)
     return (*_SERIES.values(), *_OTHERS)[place], _MARKS[place], _STROKES[place]
 
 
@@ -227,7 +228,7 @@ def _scatter(sheet: _Sheet) -> None:
     if len(front) > 1:
         axes.plot(*zip(*front, strict=True), color=_SOFT, linewidth=1.2, linestyle=(0, (4, 3)), zorder=1)
     for position, point in enumerate(facts["points"]):
-        color, mark, _ = _style_of(point.get("series", point["label"]), position)
+        color, mark, _ = _style_of(point.get("series", point["label"]), position, point.get("color"))
         for which in ("x", "y"):
             low, high = point.get(f"{which}_ci95") or (None, None)
             if low is not None and high is not None:

@@ -145,8 +145,18 @@ def _points(rows: Sequence[Json]) -> list[tuple[Json, dict[str, Any]]]:
     for row in rows:
         if number(row.get("accuracy")) is not None:
             interval = _percent(pair(row.get("accuracy_ci95")))
-            series = row["model"] or ("int8" if row.get("kind") in ("quantize", "qat") else f"stage {row.get('id')}")
-            point = {"label": name_of(row), "series": series, "y": 100 * row["accuracy"], "y_ci95": interval}
+            series = (
+                row.get("series")
+                or row["model"]
+                or ("int8" if row.get("kind") in ("quantize", "qat") else f"stage {row.get('id')}")
+            )
+            point = {
+                "label": name_of(row),
+                "series": series,
+                "color": row.get("color"),
+                "y": 100 * row["accuracy"],
+                "y_ci95": interval,
+            }
             found.append((row, point | {"text": f"{summary.percent_text(row['accuracy'])} accuracy"}))
     return found
 

@@ -70,6 +70,21 @@ def files_table(document: Json) -> Table:
     return table
 
 
+def comparison_table(document: Json) -> Table:
+    """The figures of compared runs side by side, each with its difference to the first."""
+    names = [printable(candidate["name"], limit=40) for candidate in entries(document, "candidates")]
+    table = plain_table("Side by side", [("", False), *((f"{k}: {name}", True) for k, name in enumerate(names, 1))])
+    for row in entries(document, "metrics"):
+        cells = [
+            cell["text"] if k == 0 else f"{cell['text']}\n{cell['difference_text']}"
+            for k, cell in enumerate(row["cells"])
+        ]
+        table.add_row(row["label"], *(Text(cell) for cell in cells))
+    verdicts = [Text(str(candidate["label"])) for candidate in entries(document, "candidates")]
+    table.add_row("Verdict", *verdicts)
+    return table
+
+
 def explanation_tables(document: Json) -> Iterator[Table | Text]:
     """Scaling, modules, roofline, options and providers, as far as they are there."""
     for name, tables in section(document, "scaling").items():

@@ -22,7 +22,7 @@ from edgecompress.reporting.report_facts import report_document
 from edgecompress.reporting.typography import markdown_code, markdown_text, typographic
 from edgecompress.run_directory import RunDirectory, write_json, write_text
 
-__all__ = ["FORMATS", "ReportPaths", "markdown_text", "render_html", "report_document", "write_report"]
+__all__ = ["FORMATS", "ReportPaths", "markdown_text", "render_html", "report_document", "write_pages", "write_report"]
 
 FORMATS = ("html", "md", "json")
 

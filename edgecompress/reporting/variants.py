@@ -73,6 +73,8 @@ def mark_front(points: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def name_of(row: Json) -> str:
-    """What to call a variant: its stage, and the file's form where that says more."""
+    """What to call a variant: its `label` if it has one, or its stage, and the file's form where that says more."""
+    if row.get("label"):
+        return str(row["label"])
     stage = summary.printable(row.get("id"), limit=24)
     return stage if row["model"] in (None, row.get("id")) else f"{stage} ({row['model']})"
