@@ -19,6 +19,7 @@ from edgecompress.commands.cli_output import print_json
 from edgecompress.commands.cli_runs import runs_app
 from edgecompress.commands.cli_schemas import schema_app
 from edgecompress.commands.cli_settings import recipes_app, targets_app
+from edgecompress.commands.examples import example
 from edgecompress.errors import EXIT_OK
 
 
@@ -45,12 +46,15 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for commands in (starting.app, making.app, measuring_commands.app, shipping.app, studying.app):
+_ROOMS = (starting.app, making.app, measuring_commands.app, shipping.app, studying.app)
+_GROUPS = {"recipes": recipes_app, "targets": targets_app, "runs": runs_app, "schema": schema_app}
+for commands in _ROOMS:
     app.add_typer(commands)
-app.add_typer(recipes_app, name="recipes")
-app.add_typer(targets_app, name="targets")
-app.add_typer(runs_app, name="runs")
-app.add_typer(schema_app, name="schema")
+for name, commands in _GROUPS.items():
+    app.add_typer(commands, name=name)
+for prefix, commands in (*(("", room) for room in _ROOMS), *((f"{name} ", group) for name, group in _GROUPS.items())):
+    for command in commands.registered_commands:
+        command.epilog = example(f"{prefix}{command.name or getattr(command.callback, '__name__', '')}")
 
 
 @app.callback(invoke_without_command=True)

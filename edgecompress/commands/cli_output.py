@@ -133,6 +133,29 @@ def print_outcome(outcome: Outcome, *, explain: bool = False) -> None:
     for paths in outcome.reports.values():
         stdout.print(f"report: {paths.html or paths.markdown or paths.json}", markup=False, soft_wrap=True)
     stdout.print(f"run:    {outcome.run.path}", markup=False, soft_wrap=True)
+    stdout.print(f"next:   {next_command(outcome)}", markup=False, soft_wrap=True)
+
+
+def next_command(outcome: Outcome) -> str:
+    """What to do with a run now: the step that is still missing, or what its verdict asks for."""
+    run, manifest = shlex.quote(str(outcome.run.path)), outcome.manifest
+    target = shlex.quote(str((manifest.get("targets") or ["x86"])[0]))
+    exported = manifest.get("exports", {})
+    if not exported:
+        return f"edgecompress export {run} --int8"
+    if not any(export.get("int8") for export in exported.values()):
+        return f"edgecompress export {run} --int8  # for int8 too"
+    verdicts = {name: document["verdict"] for name, document in outcome.profiles.items()}
+    if not verdicts and not (outcome.run.path / "profile").is_dir():
+        return f"edgecompress profile {run} --target {target}"
+    if "hold" in verdicts.values():
+        return f"edgecompress debug-int8 {run}"
+    unsure = [name for name, document in outcome.profiles.items() if document["verdict"] == "inconclusive"]
+    if unsure and outcome.profiles[unsure[0]]["measured"]:
+        return f"edgecompress profile {run} --target {shlex.quote(unsure[0])} --thorough"
+    if verdicts and not outcome.reports:
+        return f"edgecompress report {run} --open"
+    return f"edgecompress bundle {run} --target {target}"
 
 
 def command_line() -> str:
