@@ -8,15 +8,25 @@ from __future__ import annotations
 
 TYPE_CHECKING = False  # what typing's is, without the import
 if TYPE_CHECKING:
-    from edgecompress.api import apply, bundle, export, open_run, profile, report, run, verify
+    from edgecompress.api import apply, bundle, compare, export, open_run, profile, report, run, verify
     from edgecompress.deploy.verify import Verification
     from edgecompress.errors import EdgeCompressError
-    from edgecompress.results import BundleResult, Estimate, MeasuredModel, Parity, Profile, RunResult, StageResult
+    from edgecompress.results import (
+        BundleResult,
+        Comparison,
+        Estimate,
+        MeasuredModel,
+        Parity,
+        Profile,
+        RunResult,
+        StageResult,
+    )
 
     __version__: str
 
 __all__ = [
     "BundleResult",
+    "Comparison",
     "EdgeCompressError",
     "Estimate",
     "MeasuredModel",
@@ -28,6 +38,7 @@ __all__ = [
     "__version__",
     "apply",
     "bundle",
+    "compare",
     "export",
     "open_run",
     "profile",
@@ -37,7 +48,7 @@ __all__ = [
 ]
 
 _HOMES = {"EdgeCompressError": "errors", "Verification": "deploy.verify"}
-_RESULTS = {"BundleResult", "Estimate", "MeasuredModel", "Parity", "Profile", "RunResult", "StageResult"}
+_RESULTS = {"BundleResult", "Comparison", "Estimate", "MeasuredModel", "Parity", "Profile", "RunResult", "StageResult"}
 
 if not TYPE_CHECKING:  # type checkers see the names above, and refuse others
 

@@ -21,7 +21,7 @@ from edgecompress.deploy.verify import Verification
 from edgecompress.deploy.verify import verify as check
 from edgecompress.errors import ConfigurationError
 from edgecompress.pipeline import Outcome
-from edgecompress.results import BundleResult, RunResult, read_result
+from edgecompress.results import BundleResult, Comparison, ReportFiles, RunResult, comparison_result, read_result
 from edgecompress.run_directory import open_run as find_run
 from edgecompress.settings.target import load_target
 
@@ -177,6 +177,20 @@ def report(run: Run | None = None, *, target: Name | None = None, progress: bool
     """Write the report of one target, or of every target that was profiled: `result.reports[name of target]`."""
     with _call(progress):
         return _result(pipeline.report(_run_path(run), target=_name(target)))
+
+
+def compare(*runs: Run, target: Name | None = None, output: Name | None = None, progress: bool = False) -> Comparison:
+    """Compare runs, on one target or on all that they were profiled on, and write the page.
+
+    `output` is the folder to write into, left out a new one under `runs/`.
+    """
+    paths = [run.path if isinstance(run, RunResult) else Path(run) for run in runs]
+    with _call(progress):
+        document, made = pipeline.compare(paths, target=_name(target), output=_path(output))
+    assert made.html is not None
+    assert made.markdown is not None
+    assert made.json is not None
+    return comparison_result(document, ReportFiles(made.html, made.markdown, made.json))
 
 
 def bundle(

@@ -157,6 +157,46 @@ class BundleResult:
     manifest: Json = field(repr=False)
 
 
+@dataclass(frozen=True)
+class Candidate:
+    """One of the models compared: a run on a target."""
+
+    name: str
+    run: Path
+    target: str
+    verdict: str | None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Several models side by side. `sentence` says which is better for which budget, `notes` what makes that mean less.
+
+    Differences are against `reference`, the first candidate; each with its interval in `document`, all of the JSON.
+    """
+
+    sentence: str
+    reference: str
+    candidates: tuple[Candidate, ...]
+    notes: tuple[str, ...]
+    files: ReportFiles
+    document: Json = field(repr=False)
+
+
+def comparison_result(document: Json, files: ReportFiles) -> Comparison:
+    """A comparison's document, typed."""
+    return Comparison(
+        sentence=str(document["sentence"]),
+        reference=str(document["reference"]),
+        candidates=tuple(
+            Candidate(str(row["name"]), Path(row["run"]), str(row["target"]), row["verdict"])
+            for row in document["candidates"]
+        ),
+        notes=tuple(document["notes"]),
+        files=files,
+        document=document,
+    )
+
+
 def read_result(run: RunDirectory, *, is_first_process: bool = True) -> RunResult:
     """A run's results from its files. Raises RunError where one of them is damaged."""
     try:

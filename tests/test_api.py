@@ -20,10 +20,11 @@ from edgecompress.errors import ConfigurationError, InputError, RunError
 from edgecompress.results import Estimate
 from edgecompress.run_directory import read_json, write_json
 from edgecompress.settings.recipe import load_recipe
+from report_runs import PROFILE, make_run
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLE = ROOT / "docs" / "examples" / "nightly.py"
-COMMANDS = ("apply", "bundle", "export", "profile", "report", "run", "verify")
+COMMANDS = ("apply", "bundle", "compare", "export", "profile", "report", "run", "verify")
 
 
 def python(*arguments: str | Path, folder: Path) -> subprocess.CompletedProcess[str]:
@@ -132,6 +133,19 @@ def test_a_bundle_is_made_and_verified(tmp_path: Path, capfd: pytest.CaptureFixt
     found = edgecompress.verify(bundle.folder)
     assert (found.ok, found.changed) == (False, ["labels.txt"])
     assert capfd.readouterr() == ("", "")
+
+
+def test_runs_are_compared(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    runs = [make_run(tmp_path / name, manifest={}, profile=PROFILE) for name in ("before", "after")]
+    found = edgecompress.compare(*(run.path for run in runs), output=tmp_path / "side by side")
+    assert [candidate.name for candidate in found.candidates] == ["before", "after"]
+    assert [candidate.run.name for candidate in found.candidates] == ["before", "after"]
+    assert (found.reference, found.document["sentence"]) == ("before", found.sentence)
+    assert found.files.html.parent == tmp_path / "side by side"
+    assert read_json(found.files.json)["sentence"] == found.sentence
+    assert capfd.readouterr() == ("", "")
+    with pytest.raises(ConfigurationError, match="at least two runs"):
+        edgecompress.compare(runs[0].path)
 
 
 def test_a_damaged_run_is_refused(tmp_path: Path) -> None:
