@@ -25,6 +25,7 @@ from report_runs import (
     PROFILE,
     RECIPE,
     STAGES,
+    full_run,
     hostile_run,
     make_run,
 )
@@ -500,3 +501,46 @@ def test_parity_in_other_settings_reaches_the_page() -> None:
     assert "lost 4 images that fp32 had right and won 1 (McNemar's exact test: p = 0.38)" in facts["remarks"][0]
     assert facts["remarks"][1] == "Class x loses 3.0 points by int8 on 40 images."
     assert "on fp32, with shapes fixed: nnapi YES" in facts["remarks"][2]
+
+
+def test_flips_confusions_confidence_and_layers_stand_on_every_page(tmp_path: Path) -> None:
+    run = full_run(tmp_path / "run", names=("owl",))
+    causes = [{"kind": "range", "words": "One activation is huge.", "setting": "calibration.method: percentile"}]
+    write_json(run.stage("int8") / "debug.json", {"layers": [{"layer": "stem", "causes": causes}], "model": []})
+    page, markdown = _render(run)
+    for text in (page.text, markdown):
+        for fact in ("Images that flipped", "Expected calibration error", "One activation is huge.", "percentile"):
+            assert fact in text, fact
+        assert "image 0" in text
+    assert "| owl | class 0 | 1 | 4 |" in markdown
+    trust = json.loads(run.report_path("x86", "json").read_text(encoding="utf-8"))["trust"]
+    assert trust["flipped"][0]["name"] == "owl"
+    assert trust["flipped"][0]["images"][0]["picture"].startswith("data:image/png;base64,")
+    assert "img" in page.tags
+
+
+@pytest.mark.parametrize("name", ["../../secret.png", "/etc/hostname", "flipped/none.png", "flipped/text.png", 7, None])
+def test_only_a_picture_of_the_export_is_taken_into_the_page(tmp_path: Path, name: object) -> None:
+    run = make_run(tmp_path / "run", parity=PARITY | {"flipped": [{"class": "a", "image": 1, "picture": name}]})
+    (tmp_path / "secret.png").write_bytes(b"\x89PNG\r\n\x1a\n secret")
+    (run.export / "flipped").mkdir()
+    (run.export / "flipped" / "text.png").write_text("<svg onload=alert(1)>")
+    (image,) = report_document(run, "x86")["trust"]["flipped"][0]["images"]
+    assert image["picture"] is None
+
+
+def test_zeros_among_the_weights_are_called_what_they_are(tmp_path: Path) -> None:
+    stages = copy.deepcopy(STAGES)
+    stages[1]["sparsity"] = 0.8
+    page, markdown = _render(make_run(tmp_path / "run", manifest={"stages": stages}))
+    for text in (page.text.replace("\N{NO-BREAK SPACE}", " "), markdown):
+        assert "Stage pruned has 80.0 % zeros among its weights. ORT's CPU kernels gain no speed from zeros." in text
+        assert "They buy compressed size: 309 kB of 338 kB." in text
+    assert "zeros among" not in _render(make_run(tmp_path / "other"))[1]
+
+
+def test_a_line_of_metrics_that_is_no_json_is_named(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    (run.path / "metrics.jsonl").write_text("{}\nnot json\n")
+    with pytest.raises(RunError, match=r"metrics\.jsonl: a line of it is no JSON"):
+        report_document(run, "x86")
