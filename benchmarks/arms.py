@@ -177,8 +177,10 @@ def _without_paths(value: Any) -> Any:
         return {key: _without_paths(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_without_paths(item) for item in value]
-    is_path = isinstance(value, str) and "/" in value and Path(value).exists()
-    return Path(value).name if is_path else value
+    if not isinstance(value, str) or "/" not in value:
+        return value
+    file, colon, function = value.partition(":")  # a model of one's own is file.py:function
+    return Path(file).name + colon + function if Path(file).exists() else value
 
 
 def stage_accuracy(results: Sequence[Result], stage: str | None = None) -> np.ndarray:
