@@ -1,4 +1,4 @@
-"""EfficientNet-Lite0 of which only the head learns: a teacher from few images a class, whose features stay as they were.
+"""EfficientNet-Lite0 of which only the head learns: a teacher from few images a class, with pretrained features.
 
 For `model.name: frozen_lite0.py:build`. Batch norm keeps its statistics, too, so training is one forward pass an image.
 """

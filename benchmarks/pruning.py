@@ -1,12 +1,13 @@
 """What pruning costs and buys: channels against one-shot L1 with the same budget, and single weights by iterations.
 
     python benchmarks/pruning.py
-    python benchmarks/pruning.py --data image_folder --root cifar10 --size 32 --train-samples 0 --shift-pixels 2 \\
-        --epochs 160 --finetune-epochs 100 --results results/cifar
+    python benchmarks/pruning.py --data image_folder --root cifar10 --size 32 --shift-pixels 2 --train-samples 0 \\
+        --finetune-samples 0 --epochs 160 --finetune-epochs 100 --results results/cifar
     python benchmarks/pruning.py --table --latency --work results
 
-Each seed trains its own dense net; every other arm of the seed starts from it and gets the same number of finetuning
-epochs. `dense, finetuned` cuts nothing: what those epochs alone are worth. `ours` cuts channels in steps and finetunes
+Each seed trains its own dense net; every other arm of the seed starts from it and finetunes for the same number of
+epochs on the same share of its images, without augmentation, as one does with a checkpoint and few images at hand.
+`dense, finetuned` cuts nothing: what those epochs alone are worth. `ours` cuts channels in steps and finetunes
 with the dense net as teacher; `L1` cuts once, the same share in every layer, and finetunes on the labels; `L1, taught`
 is that with the teacher, so that the two parts of the difference can be told apart. `sparse` zeroes weights in steps
 (global L1), with the teacher. --latency exports seed 0 of every structured arm and measures it in ONNX Runtime beside
@@ -51,12 +52,13 @@ def arms_of(arguments: argparse.Namespace) -> list[Arm]:
     dense = {"kind": "train", "id": "dense", "epochs": arguments.epochs, **training}
     arms = [Arm("dense", {"data": data, "model": model, "stages": [dense, INT8]}, stage="dense")]
 
+    few = {**data, "max_train_samples": arguments.finetune_samples} if arguments.finetune_samples else data
     trained = {**model, "checkpoint": "@dense/dense"}
     teacher = {"model": trained, "method": "kd", "temperature": arguments.temperature, "alpha": arguments.alpha}
     total = arguments.finetune_epochs
-    finetuning = {**training, "warmup_epochs": 0, "learning_rate": arguments.finetune_learning_rate}
+    finetuning = {"batch_size": 64, "warmup_epochs": 0, "learning_rate": arguments.finetune_learning_rate}
     longer = {"kind": "train", "id": "finetuned", "epochs": total, **finetuning}
-    arms.append(Arm("dense, finetuned", {"data": data, "model": trained, "stages": [longer, INT8]}, stage="finetuned"))
+    arms.append(Arm("dense, finetuned", {"data": few, "model": trained, "stages": [longer, INT8]}, stage="finetuned"))
 
     def pruned(name: str, *, steps: int, **settings: Any) -> Arm:
         # The same total for everyone: an iterative schedule pays for its epochs between the steps.
@@ -70,7 +72,7 @@ def arms_of(arguments: argparse.Namespace) -> list[Arm]:
             **finetuning,
             **settings,
         }
-        return Arm(name, {"data": data, "model": trained, "stages": [stage, INT8]}, stage="pruned")
+        return Arm(name, {"data": few, "model": trained, "stages": [stage, INT8]}, stage="pruned")
 
     for name, ratio in STRUCTURED.items():
         cut = {"macs_ratio": 1.0 - 1.0 / ratio, "channel_multiple": arguments.channel_multiple}
@@ -126,18 +128,19 @@ def main() -> None:
     parser.add_argument("--data", default="fashion_mnist", help="a source of the package; image_folder needs --root")
     parser.add_argument("--root", type=Path)
     parser.add_argument("--size", type=int, default=14, help="side of the images in px")
-    parser.add_argument("--train-samples", type=int, default=10_000, help="0 for all")
+    parser.add_argument("--train-samples", type=int, default=10_000, help="training images of the dense net; 0: all")
+    parser.add_argument("--finetune-samples", type=int, default=4000, help="of all other arms; 0: as many as dense")
     parser.add_argument("--model", default="resnet20")
     parser.add_argument("--width", type=int, default=16)
     parser.add_argument("--epochs", type=int, default=15)
-    parser.add_argument("--finetune-epochs", type=int, default=12)
-    parser.add_argument("--finetune-learning-rate", type=float, default=0.05)
+    parser.add_argument("--finetune-epochs", type=int, default=15)
+    parser.add_argument("--finetune-learning-rate", type=float, default=0.02)
     parser.add_argument("--steps", type=int, default=3, help="cuts of channels of ours")
     parser.add_argument("--sparse-steps", type=int, default=4, help="iterations of the sparse arms")
     parser.add_argument("--scope", default="global")
     parser.add_argument("--importance", default="magnitude")
     parser.add_argument("--temperature", type=float, default=4.0)
-    parser.add_argument("--alpha", type=float, default=0.7, help="weight of the teacher's term")
+    parser.add_argument("--alpha", type=float, default=0.9, help="weight of the teacher's term")
     parser.add_argument("--shift-pixels", type=int, default=1)
     parser.add_argument("--channel-multiple", type=int, default=4)
     parser.add_argument("--latency", action="store_true", help="measure the speed too; best on an idle machine")
