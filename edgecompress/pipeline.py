@@ -47,6 +47,7 @@ from edgecompress.steps.sensitivity_run import FILE as SENSITIVITY_FILE
 from edgecompress.steps.sensitivity_run import sensitivity_run
 from edgecompress.steps.stage_cache import StageCache
 from edgecompress.training import workers
+from edgecompress.training.tracking import require_trackers, tracked
 
 INT8_IMAGES, CHANNEL_IMAGES = 32, 256  # held-out images of sensitivity; accuracy needs more of them than decibels
 
@@ -75,11 +76,13 @@ def apply(
     output: Path | None = None,
     resume: bool = False,
     cache: Path | None = None,
+    track: Sequence[str] = (),
     command: str = "",
 ) -> Outcome:
     """Apply a recipe's stages in PyTorch. Stages that `cache` holds are taken from there, others are kept there."""
     recipe = load_recipe(recipe_source, overrides)
     stages = _open_cache(cache)
+    require_trackers(track)
     resolved = load_target(target) if target is not None else None
     names = [resolved.name] if resolved else []
     if workers.rank() != 0:
@@ -89,8 +92,10 @@ def apply(
     run = started.directory
     if run.read_manifest()["status"] == "complete":
         return _already_complete(run)
-    with _recorded(started):
-        apply_recipe(recipe, run, resolved, cache=stages)
+    with _recorded(started), tracked(track, run.path, recipe_document(recipe)) as tracking:
+        manifest = apply_recipe(recipe, run, resolved, cache=stages, watch=tracking.watch if tracking else None)
+        if tracking is not None:
+            tracking.results(manifest, {})
     manifest = run.read_manifest()
     return Outcome(run, manifest, missed_gates(manifest))
 
@@ -271,12 +276,14 @@ def run(
     seconds: float | None = None,
     thoroughness: str = STANDARD,
     cache: Path | None = None,
+    track: Sequence[str] = (),
     command: str = "",
 ) -> Outcome:
     """Apply, export with int8, profile and report, for one target or several. `cache` is as in `apply`."""
     seconds = _seconds(seconds, thoroughness)
     recipe = load_recipe(recipe_source, overrides)
     stages = _open_cache(cache)
+    require_trackers(track)
     resolved = _load_targets(targets)
     names = [target.name for target in resolved]
     if workers.rank() != 0:
@@ -290,12 +297,14 @@ def run(
     profiles: dict[str, Json] = {}
     reports: dict[str, ReportPaths] = {}
     how: Json = {"seconds": seconds, "thoroughness": thoroughness}
-    with _recorded(started):
-        apply_recipe(recipe, directory, resolved[0], cache=stages)
+    with _recorded(started), tracked(track, directory.path, recipe_document(recipe)) as tracking:
+        apply_recipe(recipe, directory, resolved[0], cache=stages, watch=tracking.watch if tracking else None)
         for target in resolved:
             folder = export_folder(directory, target)
             export_run(directory, target, int8=True, with_preprocessing=with_preprocessing)
             profiles[target.name] = profile_run(directory, target, folder=folder, depth=Depth(), **how)
+        if tracking is not None:
+            tracking.results(directory.read_manifest(), profiles)
     # The report is written last, so that it says "complete".
     for target in resolved:
         reports[target.name] = write_report(directory, target.name)

@@ -16,6 +16,7 @@ from edgecompress.commands.completion import (
     complete_runs,
     complete_settings,
     complete_targets,
+    complete_trackers,
 )
 
 RecipeArgument = Annotated[
@@ -62,6 +63,15 @@ OutputOption = Annotated[Path | None, typer.Option("--output", help="The run dir
 ResumeOption = Annotated[bool, typer.Option("--resume/--no-resume", help="Go on in --output where it stopped.")]
 CacheOption = Annotated[
     Path | None, typer.Option("--cache", help="A folder of finished stages: taken from there, and kept there.")
+]
+TrackOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--track",
+        metavar="tensorboard|mlflow|wandb",
+        help="Tell a tracker of epochs and results, repeatable; an extra of that name installs it.",
+        autocompletion=complete_trackers,
+    ),
 ]
 DryRunOption = Annotated[
     bool, typer.Option("--dry-run", help="Say what would be done, with time, disk and memory; do nothing.")

@@ -77,6 +77,11 @@ def complete_schemas(incomplete: str) -> list[str]:
     return [name for name in schema_names() if name.startswith(incomplete)]
 
 
+def complete_trackers(incomplete: str) -> list[str]:
+    """The trackers that --track takes."""
+    return [name for name in ("tensorboard", "mlflow", "wandb") if name.startswith(incomplete)]
+
+
 def _shipped(folder: str, incomplete: str) -> list[Word]:
     from edgecompress.settings.yaml_files import read_yaml_mapping
     from edgecompress.shipped import shipped_files, shipped_name

@@ -27,6 +27,7 @@ from edgecompress.commands.cli_options import (
     SecondsOption,
     SetOption,
     ThoroughOption,
+    TrackOption,
 )
 from edgecompress.commands.cli_output import command_line, conclude, finish
 from edgecompress.commands.completion import complete_targets
@@ -50,6 +51,7 @@ def apply(
     output: OutputOption = None,
     resume: ResumeOption = False,
     cache: CacheOption = None,
+    track: TrackOption = None,
     dry_run: DryRunOption = False,
     as_json: JsonOption = False,
     no_gate: NoGateOption = False,
@@ -71,6 +73,7 @@ def apply(
             output=output,
             resume=resume,
             cache=cache,
+            track=track or (),
             command=command_line(),
         )
 
@@ -131,6 +134,7 @@ def run_command(
     output: OutputOption = None,
     resume: ResumeOption = False,
     cache: CacheOption = None,
+    track: TrackOption = None,
     dry_run: DryRunOption = False,
     with_preprocessing: PreprocessingOption = False,
     seconds: SecondsOption = None,
@@ -165,6 +169,7 @@ def run_command(
             seconds=seconds,
             thoroughness=thoroughness,
             cache=cache,
+            track=track or (),
             command=command_line(),
         )
 
