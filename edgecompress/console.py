@@ -17,6 +17,7 @@ if TYPE_CHECKING:  # rich takes half of the time of `--help`, which prints nothi
 
 _SHOW_AFTER_SECONDS = 1.0
 _SECONDS_BETWEEN_LINES = 30.0  # where there is no terminal
+_SECONDS_BEFORE_BUSY_IS_TOLD = 10.0  # shorter work has its own line when it begins
 _LOUD_LIBRARIES = ("torch.utils._pytree", "torch.onnx", "torch.export", "torchao", "onnxscript")
 
 
@@ -131,6 +132,22 @@ def progress(description: str, total: int) -> Iterator[Advance]:
                 bar.update(task, status=status)
 
         yield advance
+
+
+@contextmanager
+def busy(description: str) -> Iterator[None]:
+    """A spinner for work of unknown length; without a terminal the same line as a bar's, once it took its time."""
+    console = stderr()
+    if _settings.quiet or not console.is_terminal or _settings.live is not None:
+        started = time.monotonic()
+        yield
+        if not console.is_terminal and time.monotonic() - started >= _SECONDS_BEFORE_BUSY_IS_TOLD:
+            note(f"{description}: done in {time.monotonic() - started:.1f} s")
+        return
+    from rich.text import Text
+
+    with console.status(Text(description)), _shown_on(console):
+        yield
 
 
 @dataclass

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pty
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -93,19 +94,11 @@ def test_text_is_printed_as_it_is(capsys: pytest.CaptureFixture[str], say: objec
     assert err.count("\n") == 1
 
 
-def test_on_a_terminal_a_bar_is_drawn_and_notes_stand_above_it() -> None:
-    script = (
-        "from edgecompress import console\n"
-        "with console.progress('training [dense]', total=3) as advance:\n"
-        "    for step in range(3):\n"
-        "        advance(status=f'loss {step}')\n"
-        "        with console.progress('evaluating', total=1) as inner:\n"
-        "            inner()\n"
-        "        console.note(f'note {step}')\n"
-        "console.note('after')\n"
-    )
+def on_a_terminal(script: str, **variables: str) -> str:
+    """What a script shows on a terminal of its own, control codes included."""
     ours, theirs = pty.openpty()
     environment = os.environ | {"TERM": "xterm", "COLUMNS": "120", "PYTHONPATH": str(Path(__file__).parent.parent)}
+    environment |= variables
     with subprocess.Popen(
         [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=theirs, env=environment
     ) as process:
@@ -123,9 +116,63 @@ def test_on_a_terminal_a_bar_is_drawn_and_notes_stand_above_it() -> None:
         assert process.stdout.read() == b""
     os.close(ours)
     assert process.returncode == 0, shown.decode()
-    text = shown.decode()
+    return shown.decode()
+
+
+def test_on_a_terminal_a_bar_is_drawn_and_notes_stand_above_it() -> None:
+    script = (
+        "from edgecompress import console\n"
+        "with console.progress('training [dense]', total=3) as advance:\n"
+        "    for step in range(3):\n"
+        "        advance(status=f'loss {step}')\n"
+        "        with console.progress('evaluating', total=1) as inner:\n"
+        "            inner()\n"
+        "        console.note(f'note {step}')\n"
+        "console.note('after')\n"
+    )
+    text = on_a_terminal(script)
     assert "training [dense]" in text
     assert "3/3" in text
     assert "loss 2" in text
     assert [f"note {step}\r\n" in text for step in range(3)] == [True] * 3
     assert "after" in text
+
+
+BUSY = (
+    "from edgecompress import console\n"
+    "import time\n"
+    "with console.busy('exporting [x]'):\n"
+    "    time.sleep(0.3)\n"
+    "    with console.progress('inside', total=1) as advance:\n"
+    "        advance()\n"
+    "console.warn('over')\n"
+)
+
+
+def test_work_of_unknown_length_has_a_spinner_on_a_terminal() -> None:
+    text = on_a_terminal(BUSY)
+    assert "exporting [x]" in text
+    assert "\x1b[1;33mwarning" in text
+
+
+def test_no_color_is_honoured() -> None:
+    """Neither bars nor marks are coloured; moving the cursor is no colour."""
+    text = on_a_terminal(BUSY, NO_COLOR="1")
+    assert "exporting [x]" in text
+    assert not re.search(r"\x1b\[[0-9;]*(3[0-7]|9[0-7]|38;[0-9;]+)m", text)
+
+
+def test_without_a_terminal_only_long_work_of_unknown_length_is_told(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with console.busy("exporting"):
+        pass
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(console, "_SECONDS_BEFORE_BUSY_IS_TOLD", 0.0)
+    with console.busy("exporting"):
+        pass
+    assert capsys.readouterr().err == "exporting: done in 0.0 s\n"
+    console.set_quiet(True)
+    with console.busy("exporting"):
+        pass
+    assert capsys.readouterr().err == ""

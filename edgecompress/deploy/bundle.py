@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 
-from edgecompress import __version__
+from edgecompress import __version__, console
 from edgecompress.data.preprocessing import Preprocessing
 from edgecompress.deploy.bundle_text import model_facts_header, readme_text
 from edgecompress.deploy.expected_results import write_expected
@@ -79,7 +79,9 @@ def write_bundle(
             shutil.rmtree(folder)
         made.rename(folder)
         made.with_suffix(".tar.gz").replace(archive)
-    return Bundle(folder, archive, document, caution(document), self_test(folder))
+    with console.busy("running the bundle's self-test"):
+        rows = self_test(folder)
+    return Bundle(folder, archive, document, caution(document), rows)
 
 
 def fill_folder(

@@ -18,6 +18,7 @@ import onnxruntime
 import torch
 from torch import Tensor, nn
 
+from edgecompress import console
 from edgecompress.data.preprocessing import Preprocessing
 from edgecompress.errors import ExportError
 from edgecompress.exporting.node_names import name_nodes
@@ -55,8 +56,9 @@ def export_onnx(
     Input `input`, float32 [batch, C, H, W], normalized; output `logits`, float32 [batch, classes]. Raises
     ExportError when the exporter, the ONNX checker or ONNX Runtime refuses the model.
     """
-    model: onnx.ModelProto = translate(module, example, target).model_proto
-    rewrites = rewrite(model)
+    with console.busy(f"exporting {path.name}"):
+        model: onnx.ModelProto = translate(module, example, target).model_proto
+        rewrites = rewrite(model)
     name_nodes(model)
     _tidy(model, target)
     _write_metadata(model, preprocessing, provenance, extra_metadata)

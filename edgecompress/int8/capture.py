@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
+from edgecompress import console
 from edgecompress.errors import QuantizationError
 
 aten = torch.ops.aten
@@ -36,7 +37,8 @@ def capture(module: nn.Module, example: Tensor) -> GraphModule:
     """
     twin = copy.deepcopy(module).eval().to("cpu").float().to(memory_format=torch.contiguous_format)
     try:
-        program = torch.export.export(twin, (example,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
+        with console.busy("capturing the model"):
+            program = torch.export.export(twin, (example,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
         captured = program.module()
         _free_batch_norms(captured)
         _unshare_weights(captured)

@@ -17,6 +17,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from edgecompress import console
 from edgecompress.reporting import drawing, summary
 from edgecompress.reporting.report_facts import report_document
 from edgecompress.reporting.typography import markdown_code, markdown_text, typographic
@@ -45,8 +46,9 @@ class ReportPaths:
 
 def write_report(run: RunDirectory, target: str, formats: Collection[str] = FORMATS) -> ReportPaths:
     """Render the pages of a target and write them atomically. Raises RunError when `run` is no run directory."""
-    document = report_document(run, target)
-    return write_pages(document, run.report_path(target, "html"), "report", formats)
+    with console.busy(f"writing the report for {target}"):
+        document = report_document(run, target)
+        return write_pages(document, run.report_path(target, "html"), "report", formats)
 
 
 def write_pages(document: dict[str, Any], html: Path, template: str, formats: Collection[str]) -> ReportPaths:
