@@ -10,7 +10,8 @@ its peak memory. Printed: the seconds of either pass (making images, capture and
 the batches of their ratio with its quartiles, the ratio of the CPU seconds (on a busy machine the one to trust), the
 seconds of all of `quantize` without the float passes, and the peak.
 ONNX Runtime's calibrater gets the exported fp32 model, its own forward passes as the measure, and fewer images: it
-keeps every activation. `--bar` makes the script fail where a method of ours misses the limits.
+keeps every activation. With `--alone` only the second of our processes runs: peak memory, no ratio. `--bar` makes the
+script fail where a method of ours misses the limits.
 """
 
 from __future__ import annotations
@@ -238,7 +239,7 @@ def summary(name: str, samples: int, answer: dict[str, Any]) -> dict[str, Any]:
     row = {"name": name, "samples": samples, "forward_seconds": sum(wall for wall, _ in answer["forward"])} | {
         key: answer.get(key) for key in ("total_seconds", "tensors", "peak_rss_bytes")
     }
-    if "observed" in answer:
+    if answer.get("observed") and answer["forward"]:
         ratios = np.array(answer["observed"]) / np.array(answer["forward"])  # [batches, clock and CPU]
         low, middle, high = (float(ratio) for ratio in np.percentile(ratios[:, 0], [25, 50, 75]))
         row |= {"seconds": sum(wall for wall, _ in answer["observed"]), "ratio": middle, "ratio_quartiles": [low, high]}
@@ -283,12 +284,12 @@ def show(console: Console, rows: list[dict[str, Any]], batch_size: int) -> None:
             row["name"],
             str(row["samples"]),
             str(row["tensors"] or "-"),
-            f"{row['forward_seconds']:.1f} s",
+            f"{row['forward_seconds']:.1f} s" if row["forward_seconds"] else "-",
             f"{row['seconds']:.1f} s" if quartiles else "-",
             f"{row['ratio']:.2f}" if quartiles else "-",
             f"{quartiles[0]:.2f} to {quartiles[1]:.2f}" if quartiles else "-",
             f"{row['cpu_ratio']:.2f}" if quartiles else "-",
-            f"{row['total_seconds']:.1f} s" if quartiles else "-",
+            f"{row['total_seconds']:.1f} s" if row["total_seconds"] else "-",
             f"{row['peak_rss_bytes'] / 1e9:.2f} GB",
         )
     console.print(table)
@@ -303,6 +304,7 @@ def main() -> None:
     parser.add_argument("--ort-method", choices=["MinMax", "Percentile", "Entropy"], default="Percentile")
     parser.add_argument("--threads", type=int, default=0, help="threads of every process; 0: their default")
     parser.add_argument("--json", type=Path, help="also write every number here")
+    parser.add_argument("--alone", action="store_true", help="peak memory only: no float passes, no ratio")
     parser.add_argument("--bar", action="store_true", help=f"fail above {MAX_RATIO} forward passes or 1.5 GB")
     parser.add_argument("--job", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -312,14 +314,18 @@ def main() -> None:
         return
     console, notes = Console(width=160), Console(stderr=True)
     common = {"samples": arguments.samples, "batch_size": arguments.batch_size}
-    notes.print("fp32 forward")
-    rows = [summary("fp32 forward alone", arguments.samples, fresh("float", arguments.threads, **common))]
+    rows = []
+    if not arguments.alone:
+        notes.print("fp32 forward")
+        rows = [summary("fp32 forward alone", arguments.samples, fresh("float", arguments.threads, **common))]
     ours = []
     for method in arguments.methods:
         notes.print(method)
-        answer = fresh("ours", arguments.threads, method=method, interleaved=True, **common)
         alone = fresh("ours", arguments.threads, method=method, interleaved=False, **common)
-        answer["peak_rss_bytes"] = alone["peak_rss_bytes"]
+        answer = alone
+        if not arguments.alone:
+            answer = fresh("ours", arguments.threads, method=method, interleaved=True, **common)
+            answer["peak_rss_bytes"] = alone["peak_rss_bytes"]
         ours.append(summary(f"ours, {method}", arguments.samples, answer))
     rows += ours
     if arguments.ort_samples:
@@ -335,7 +341,9 @@ def main() -> None:
     if arguments.json is not None:
         document = {"machine": facts, "versions": versions(), "rows": rows}
         arguments.json.write_text(json.dumps(document, indent=2, default=str) + "\n", encoding="utf-8")
-    missed = [row["name"] for row in ours if row["ratio"] > MAX_RATIO or row["peak_rss_bytes"] > MAX_PEAK_BYTES]
+    missed = [
+        row["name"] for row in ours if row.get("ratio", 0.0) > MAX_RATIO or row["peak_rss_bytes"] > MAX_PEAK_BYTES
+    ]
     if arguments.bar and missed:
         sys.exit(f"above {MAX_RATIO} forward passes or {MAX_PEAK_BYTES / 1e9} GB: {', '.join(missed)}")
 
