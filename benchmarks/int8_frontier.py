@@ -5,8 +5,9 @@
 
 First each layer's noise alone in int8 is measured on --noise-images training images that calibration does not see: the
 first table. With the runtime's profile of both forms it gives the placements that `placement: auto` would try, as the
-best for their cost. --points of them are made in earnest (calibrated and rounded with --effort), judged on all images
-of the reported split and on another source, and timed in the same processes as fp32 and full int8: the second table.
+best for their cost. Of those that cost at most --max-slowdown more than full int8, --points are made in earnest
+(calibrated and rounded with --effort), judged on the images of the reported split and on another source, and timed in
+the same processes as fp32 and full int8: the second table. One point is the one with the least noise.
 """
 
 from __future__ import annotations
@@ -61,6 +62,8 @@ def spread_out(found: Sequence[Candidate], count: int) -> list[Candidate]:
             front.append(candidate)
     if len(front) <= count:
         return front
+    if count == 1:
+        return front[-1:]
     levels = np.log([candidate.noise for candidate in front])
     wanted = np.linspace(levels[0], levels[-1], count)
     chosen = sorted({int(np.abs(levels - level).argmin()) for level in wanted})
@@ -180,7 +183,9 @@ class _Frontier:
             input_npy=self.folder / "latency.npy",
             seconds=_PROFILE_SECONDS,
         )
-        found = candidates(costs_by_time(mixed, noises, times), by_noise=True)
+        costs = costs_by_time(mixed, noises, times)
+        most = (1 + self.arguments.max_slowdown) * sum(cost.int8_cost for cost in costs)
+        found = [candidate for candidate in candidates(costs, by_noise=True) if candidate.cost <= most]
         return noises, spread_out(found, self.arguments.points)
 
     def measure(self) -> None:
@@ -255,6 +260,7 @@ def main() -> None:
     parser.add_argument("--noise-images", type=int, default=16, help="images that rank the layers")
     parser.add_argument("--images", type=int, default=2000, help="images evaluated, at most")
     parser.add_argument("--points", type=int, default=5, help="placements beside full int8")
+    parser.add_argument("--max-slowdown", type=float, default=0.25, help="of full int8's predicted time, a fraction")
     parser.add_argument("--effort", choices=["fast", "balanced", "best"], default="balanced")
     parser.add_argument("--seconds", type=float, default=25.0, help="time for the latency of each group of files")
     parser.add_argument("--threads", type=int, default=1, help="threads of the latencies")
