@@ -28,7 +28,7 @@ COMMANDS = ("apply", "bundle", "compare", "export", "profile", "report", "run", 
 
 
 def python(*arguments: str | Path, folder: Path) -> subprocess.CompletedProcess[str]:
-    how: dict[str, Any] = {"capture_output": True, "text": True, "timeout": 500, "check": False}
+    how: dict[str, Any] = {"capture_output": True, "text": True, "timeout": 1500, "check": False}
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     return subprocess.run([sys.executable, *map(str, arguments)], cwd=folder, env=environment, **how)
 
@@ -157,6 +157,7 @@ def test_a_damaged_run_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # half a minute of work, and a machine may be busy
 def test_the_example_runs_and_its_results_are_those_of_the_files(tmp_path: Path) -> None:
     answer = python(EXAMPLE, "tonight", folder=tmp_path)
     assert answer.stderr == ""

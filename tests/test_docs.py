@@ -157,6 +157,16 @@ def test_every_cause_of_a_diagnosis_is_explained() -> None:
     assert set(re.findall(r"^\| `([\w -]+)` \|", page("int8.md"), flags=re.MULTILINE)) == known
 
 
+def test_quoted_words_are_those_of_the_tool() -> None:
+    """A symptom can be searched for only where it is quoted as the tool says it."""
+    package = ROOT / "edgecompress"
+    said = "".join(path.read_text("utf-8") for path in [*package.rglob("*.py"), *package.rglob("*.j2")])
+    prose = re.sub(r"```.*?```", "", page("int8.md") + page("pruning.md"), flags=re.DOTALL)
+    quoted = re.findall(r'(?<!`)"([^"`]{8,})"(?!`)', prose)
+    assert len(quoted) >= 5
+    assert [words for words in quoted if words not in said] == []
+
+
 @pytest.mark.parametrize("schema", ["run", "profile"])
 def test_the_keys_of_the_run_directory_are_those_of_the_schemas(schema: str) -> None:
     title = {"run": "run.json", "profile": "profile/&lt;target&gt;.json"}[schema]
@@ -238,6 +248,7 @@ def test_python_is_valid(name: str, text: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # a minute of work, and a machine may be busy
 def test_the_code_of_the_python_page_runs(tmp_path: Path) -> None:
     script = tmp_path / "page.py"
     script.write_text("\n".join(blocks(page("python.md"), "python")), encoding="utf-8")
@@ -247,6 +258,7 @@ def test_the_code_of_the_python_page_runs(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # a minute of work, and a machine may be busy
 def test_the_tutorial_runs(tmp_path: Path) -> None:
     """Its files are written as they stand there, and its commands given in their order, on made-up images."""
     made_up_images(tmp_path / "my_images")
@@ -265,7 +277,7 @@ def test_the_tutorial_runs(tmp_path: Path) -> None:
 
 
 def run_python(*arguments: str | Path, folder: Path) -> subprocess.CompletedProcess[str]:
-    how: dict[str, Any] = {"capture_output": True, "text": True, "timeout": 500, "check": False}
+    how: dict[str, Any] = {"capture_output": True, "text": True, "timeout": 1500, "check": False}
     environment = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "160"}
     return subprocess.run([sys.executable, *map(str, arguments)], cwd=folder, env=environment, **how)
 
