@@ -45,7 +45,7 @@ def test_every_schema_is_one_and_has_a_version(name: str) -> None:
 def test_every_command_has_a_schema_and_no_schema_names_another() -> None:
     described = {command for name in schema_names() for command in read_schema(name)["x-commands"]}
     assert set(commands(get_command(app))) - described == set()
-    assert described - set(commands(get_command(app))) <= {"compare", "search"}
+    assert described - set(commands(get_command(app))) <= {"search"}
 
 
 QUICK = [
