@@ -334,6 +334,47 @@ def plan(
     return plan_document(recipe, directory.path, names, complete=complete, profiled_for=profiled_for, command=command)
 
 
+def search(
+    recipe_source: str,
+    *,
+    target: str,
+    max_accuracy_drop: float,
+    minimize: Literal["latency", "size", "memory"] = "latency",
+    trials: int | None = None,
+    seconds: float | None = None,
+    overrides: Sequence[str] = (),
+    output: Path | None = None,
+    resume: bool = False,
+    storage: str | None = None,
+    cache: Path | None = None,
+    warm_starts: Sequence[Path] = (),
+    command: str = "",
+) -> Json:
+    """Search a recipe's settings for what a target runs best; returns the content of search.json, and its folder."""
+    from edgecompress.search.search_run import SearchOrder
+    from edgecompress.search.search_run import search as run_search  # Optuna, which no other command has a use for
+
+    if workers.world_size() > 1:
+        raise ConfigurationError("search trains in one process; for more, give the same command again with --resume")
+    if resume and output is None:
+        raise RunError("--resume needs --output DIR, the search to go on with")
+    order = SearchOrder(
+        source=recipe_source,
+        overrides=tuple(overrides),
+        target=load_target(target),
+        max_accuracy_drop=max_accuracy_drop,
+        minimize=minimize,
+        trials=trials,
+        seconds=seconds,
+        storage=storage,
+        cache=cache,
+        warm_starts=tuple(warm_starts),
+        command=command,
+    )
+    directory = output if output is not None else new_run_path(f"{Path(recipe_source).stem}-search")
+    return run_search(order, directory, resume=resume) | {"folder": str(directory)}
+
+
 def _open_cache(folder: Path | None) -> StageCache | None:
     """The cache of stages that was asked for. Raises ConfigurationError where several processes would fill it."""
     if folder is None:

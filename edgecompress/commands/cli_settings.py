@@ -50,14 +50,20 @@ def _add_settings_commands(group: typer.Typer, folder: str) -> None:
     @group.command("validate", help=f"Check a {kind} and name every fault in it.")
     def validate_command(name: NameArgument, as_json: JsonOption = False, no_gate: NoGateOption = False) -> None:
         with reporting_errors(as_json):
-            from edgecompress.settings.recipe import load_recipe
+            from edgecompress.search.space import validated_recipe
             from edgecompress.settings.target import load_target
 
-            settings = load_recipe(name) if kind == "recipe" else load_target(name)
-            if as_json:
-                print_json({"valid": True, kind: settings.model_dump(mode="json")})
+            searched: list[str] = []
+            if kind == "target":
+                settings = load_target(name).model_dump(mode="json")
             else:
-                typer.echo(f"{name}: valid {kind} '{settings.name}'")
+                settings, searched = validated_recipe(name)
+            if as_json:
+                fields = {"searched": searched} if searched else {}
+                print_json({"valid": True, kind: settings, **fields})
+            else:
+                text = f", with {len(searched)} fields to search: {', '.join(searched)}" if searched else ""
+                typer.echo(f"{name}: valid {kind} '{settings['name']}'{text}")
 
 
 _add_settings_commands(recipes_app, "recipes")

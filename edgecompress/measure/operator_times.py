@@ -85,6 +85,12 @@ def operator_times(fp32: Path, int8: Path, *, threads: int, input_npy: Path | No
     )
 
 
+def segment_times(path: Path, *, threads: int, seconds: float) -> list[float]:
+    """ms of each layer with weights and of what follows it up to the next, in the file's order. Raises ProfileError."""
+    kernels = _kernels(path, threads=threads, input_npy=None, seconds=seconds)
+    return _per_segment(kernels, _weighted_nodes(onnx.load(str(path)).graph))
+
+
 def _kernels(path: Path, *, threads: int, input_npy: Path | None, seconds: float) -> list[KernelTime]:
     """Every kernel of one file with its time, in the order in which they run.
 

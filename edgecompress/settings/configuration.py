@@ -56,7 +56,7 @@ def apply_overrides(document: dict[str, Any], overrides: Sequence[str]) -> dict[
     Lists are entered by index or by the `id` of an element; values parse as YAML. Raises
     ConfigurationError, listing every override that has no place to go.
     """
-    result: dict[str, Any] = _deep_copy(document)
+    result: dict[str, Any] = deep_copy(document)
     faults: list[str] = []
     for override in overrides:
         path, separator, raw = override.partition("=")
@@ -68,7 +68,7 @@ def apply_overrides(document: dict[str, Any], overrides: Sequence[str]) -> dict[
             faults.append(f"--set {path}: a name between the dots is empty; write for instance stages.pruned.epochs=5")
             continue
         try:
-            _assign(result, keys, parse_yaml(raw, source=f"--set {path}"))
+            assign(result, keys, parse_yaml(raw, source=f"--set {path}"))
         except ConfigurationError as error:
             faults.append(str(error))
         except KeyError as error:
@@ -78,11 +78,12 @@ def apply_overrides(document: dict[str, Any], overrides: Sequence[str]) -> dict[
     return result
 
 
-def _deep_copy(value: Any) -> Any:
+def deep_copy(value: Any) -> Any:
+    """The same document in mappings and lists of its own."""
     if isinstance(value, dict):
-        return {key: _deep_copy(item) for key, item in value.items()}
+        return {key: deep_copy(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [_deep_copy(item) for item in value]
+        return [deep_copy(item) for item in value]
     return value
 
 
@@ -95,12 +96,13 @@ def _list_index(items: list[Any], key: str) -> int:
     raise KeyError(f"the list has no element '{key}'{did_you_mean(key, [str(i) for i in ids if i])}")
 
 
-def _assign(container: Any, keys: list[str], value: Any) -> None:
+def assign(container: Any, keys: Sequence[str], value: Any) -> None:
+    """Put `value` at a place of a parsed document, in place; lists are entered by index or by `id`. Raises KeyError."""
     key, rest = keys[0], keys[1:]
     if isinstance(container, list):
         index = _list_index(container, key)
         if rest:
-            _assign(container[index], rest, value)
+            assign(container[index], rest, value)
         else:
             container[index] = value
         return
@@ -111,7 +113,7 @@ def _assign(container: Any, keys: list[str], value: Any) -> None:
         return
     if container.get(key) is None:
         container[key] = {}
-    _assign(container[key], rest, value)
+    assign(container[key], rest, value)
 
 
 def validate(model: type[Settings], document: Mapping[str, Any], *, source: str) -> Settings:

@@ -17,6 +17,7 @@ from edgecompress.settings.configuration import ClosedFraction, Fraction, Frozen
 from edgecompress.settings.factorize_settings import FactorizeStage
 from edgecompress.settings.model_settings import Identifier, ModelSettings
 from edgecompress.settings.prune_settings import PruneStage
+from edgecompress.settings.search_space import refuse_search
 from edgecompress.settings.spelling import did_you_mean
 from edgecompress.settings.teacher_settings import TeacherSettings
 from edgecompress.settings.training_settings import TrainingSettings
@@ -238,10 +239,20 @@ def load_recipe(source: str, overrides: Sequence[str] = ()) -> Recipe:
 
     Raises ConfigurationError with every fault, or naming the shipped recipe spelled most alike.
     """
+    document = read_recipe(source, overrides)
+    refuse_search(document, source=source)
+    return validate(Recipe, document, source=source)
+
+
+def read_recipe(source: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """A recipe's document as parsed, overrides applied, not yet validated: fields may hold what a search chooses.
+
+    Raises ConfigurationError.
+    """
     path = find_recipe(source)
     document = read_yaml_mapping(path)
     document.setdefault("name", path.stem)
-    return validate(Recipe, apply_overrides(document, overrides), source=source)
+    return apply_overrides(document, overrides)
 
 
 def find_recipe(source: str) -> Path:

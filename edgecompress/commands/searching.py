@@ -1,0 +1,145 @@
+"""The command that chooses: search, which tries a recipe's settings and names the model to ship.
+
+What enters: a recipe, a target, what may be lost, and how much may be tried. What leaves: a folder of complete runs,
+search.json and search.md.
+"""
+
+from __future__ import annotations
+
+import re
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from edgecompress.commands.cli_options import (
+    CacheOption,
+    JsonOption,
+    NoGateOption,
+    QuietOption,
+    RecipeArgument,
+    ResumeOption,
+    SetOption,
+    TargetOption,
+)
+from edgecompress.commands.cli_output import command_line, conclude
+from edgecompress.errors import EXIT_GATE_MISSED, EXIT_OK, ConfigurationError
+
+app = typer.Typer()
+_UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+DEFAULT_TRIALS = 20
+
+
+class Minimized(StrEnum):
+    """What a search makes small."""
+
+    LATENCY = "latency"
+    SIZE = "size"
+    MEMORY = "memory"
+
+
+@app.command("search")
+def search_command(
+    recipe: RecipeArgument,
+    target: TargetOption,
+    max_accuracy_drop: Annotated[
+        float, typer.Option("--max-accuracy-drop", help="What may be lost on val, as a fraction: 0.01 is one point.")
+    ],
+    minimize: Annotated[Minimized, typer.Option("--minimize", help="What to make small.")] = Minimized.LATENCY,
+    trials: Annotated[
+        int | None,
+        typer.Option("--trials", min=1, help=f"Trials in all; {DEFAULT_TRIALS} without --time, else as many as fit."),
+    ] = None,
+    time_limit: Annotated[
+        str | None, typer.Option("--time", help="Begin no trial after this time, for instance 2h, 30m or 90s.")
+    ] = None,
+    overrides: SetOption = None,
+    output: Annotated[Path | None, typer.Option("--output", help="The search's folder.")] = None,
+    resume: ResumeOption = False,
+    storage: Annotated[
+        str | None,
+        typer.Option("--storage", help="A database that several workers share: postgresql://user@host/name."),
+    ] = None,
+    cache: CacheOption = None,
+    warm_start: Annotated[
+        list[Path] | None,
+        typer.Option("--warm-start", help="An earlier search or run whose settings are tried first; may be repeated."),
+    ] = None,
+    as_json: JsonOption = False,
+    no_gate: NoGateOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Search a recipe's settings for the best model that a target can run."""
+
+    def work() -> dict[str, Any]:
+        seconds = seconds_of(time_limit)
+        if not 0 <= max_accuracy_drop <= 1:
+            hint = f"; did you mean {max_accuracy_drop / 100:g}?" if 1 < max_accuracy_drop <= 100 else ""
+            raise ConfigurationError(f"--max-accuracy-drop: {max_accuracy_drop:g} is no fraction from 0 to 1{hint}")
+        if storage is not None and not storage.startswith("postgresql"):
+            raise ConfigurationError(
+                "--storage takes postgresql://user@host/database; without it the trials lie in a file of the folder"
+            )
+        _require_space_and_target(recipe, tuple(overrides or ()), target)
+        from edgecompress import pipeline
+
+        return pipeline.search(
+            recipe,
+            target=target,
+            max_accuracy_drop=max_accuracy_drop,
+            minimize=minimize.value,
+            trials=DEFAULT_TRIALS if trials is None and seconds is None else trials,
+            seconds=seconds,
+            overrides=overrides or (),
+            output=output,
+            resume=resume,
+            storage=storage,
+            cache=cache,
+            warm_starts=warm_start or (),
+            command=command_line(),
+        )
+
+    conclude(
+        work,
+        show=_show,
+        exit_code=lambda document: EXIT_GATE_MISSED if document["pick"] is None and not no_gate else EXIT_OK,
+        as_json=as_json,
+        quiet=quiet,
+    )
+
+
+def seconds_of(text: str | None) -> float | None:
+    """`2h`, `30m`, `90s`, `1h30m` or plain seconds. Raises ConfigurationError."""
+    if text is None:
+        return None
+    if not re.fullmatch(r"\d+(\.\d+)?|(\d+(\.\d+)?[smhd])+", text):
+        raise ConfigurationError(f"--time: '{text}' is no time; write for instance 2h, 30m, 90s or 1h30m")
+    parts = re.findall(r"(\d+(?:\.\d+)?)([smhd]?)", text)
+    seconds = sum(float(number) * _UNITS.get(unit, 1.0) for number, unit in parts)
+    if seconds <= 0:
+        raise ConfigurationError(f"--time: '{text}' leaves no time for a trial; give for instance 30m")
+    return seconds
+
+
+def _require_space_and_target(recipe: str, overrides: tuple[str, ...], target: str) -> None:
+    """Name the faults of both files at once, and before torch, which takes seconds to load."""
+    from edgecompress.search.space import load_space
+    from edgecompress.settings.target import load_target
+
+    faults = []
+    for check in (lambda: load_space(recipe, overrides), lambda: load_target(target)):
+        try:
+            check()
+        except ConfigurationError as error:
+            faults.append(str(error))
+    if faults:
+        raise ConfigurationError("\n".join(faults))
+
+
+def _show(document: dict[str, Any]) -> None:
+    from edgecompress.search.result_text import lines
+
+    for line in lines(document):
+        typer.echo(line)
+    typer.echo(f"search: {document['folder']}")
