@@ -186,8 +186,7 @@ class SharedStudy:
     def _sampler(self) -> optuna.samplers.BaseSampler:
         """Tree-structured Parzen estimators once there is something to model; before that random points.
 
-        Field by field: on benchmarks/search.py's kind of space that beat the joint estimator, Gaussian processes and
-        NSGA-II at 16 and 32 trials. Made anew for every attempt and seeded by their number, so that a search that goes
+        Made anew for every attempt and seeded by their number, so that a search that goes
         on draws no old points; workers that ask at the same time must not draw the same one.
         """
         attempts = self._study.get_trials(deepcopy=False)
