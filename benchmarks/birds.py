@@ -11,6 +11,7 @@ student is trained with the labels alone and with the teacher, with the same ima
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +29,13 @@ def main() -> None:
     parser.add_argument("--teacher-size", type=int, default=224, help="side of the teacher's images in px")
     parser.add_argument("--size", type=int, default=128, help="side of the students' images in px")
     parser.add_argument("--method", default="kd", choices=("kd", "dkd", "feature", "relation"))
-    parser.add_argument("--temperature", type=float, default=2.0)
+    parser.add_argument("--temperature", type=float, default=1.0)
+    parser.add_argument("--alpha", type=float, default=0.5, help="weight of the teacher's term")
     arguments = parser.parse_args()
 
     data = {"name": "image_folder", "root": str(arguments.root)}
     teacher_model: dict[str, Any] = {
-        "name": f"{Path(__file__).with_name('frozen_lite0.py')}:build",
+        "name": f"{os.path.relpath(Path(__file__).with_name('frozen_lite0.py'))}:build",
         "preprocessing": {
             "input_size": arguments.teacher_size,
             "crop_fraction": 1.0,
@@ -79,7 +81,7 @@ def main() -> None:
     )
     source = {"model": {**teacher_model, "checkpoint": "@teacher/teacher"}, "method": arguments.method}
     # One pass of the teacher over the images as they are: in every step, it would cost more than the student.
-    block = {**source, "temperature": arguments.temperature, "alpha": 0.9, "view": "clean"}
+    block = {**source, "temperature": arguments.temperature, "alpha": arguments.alpha, "view": "clean"}
     distilled = Arm(
         "student distilled",
         {
