@@ -19,12 +19,13 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from arms import INT8, Arm, Benchmark, paired_points, print_table, spread, stage_accuracy
+from arms import INT8, Arm, Benchmark, Result, paired_points, print_table, spread, stage_accuracy
 
 from edgecompress import pipeline
 from edgecompress.machine import describe_machine, summarize_machine
@@ -87,12 +88,14 @@ def arms_of(arguments: argparse.Namespace) -> list[Arm]:
     return arms
 
 
-def measure(benchmark: Benchmark, arguments: argparse.Namespace, arms: list[Arm]) -> None:
-    """Speed in ONNX Runtime of seed 0's structured arms, interleaved with the dense net, into latency.json."""
+def measure(
+    benchmark: Benchmark, arguments: argparse.Namespace, arms: list[Arm], found: Mapping[str, list[Result]]
+) -> None:
+    """Speed in ONNX Runtime of seed 0's structured arms that ran, interleaved with the dense net, into latency.json."""
     files: dict[str, Path] = {}
     target = own_target()
     for arm in arms:
-        if arm.name == "dense" or arm.name.startswith(("ours", "L1")):
+        if arm.name == "dense" or (arm.name.startswith(("ours", "L1")) and found[arm.name]):
             run = benchmark.run_directory(arguments, arms, arm, 0)
             exported = run / "export" / "model.onnx"
             if not exported.is_file():
@@ -149,7 +152,7 @@ def main() -> None:
     arms = arms_of(arguments)
     found = benchmark.run(arguments, arms)
     if arguments.latency:
-        measure(benchmark, arguments, arms)
+        measure(benchmark, arguments, arms, found)
     file = latency_file(arguments)
     speedups = json.loads(file.read_text(encoding="utf-8"))["speedup"] if file.is_file() else {}
 
