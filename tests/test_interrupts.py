@@ -34,6 +34,8 @@ def interrupted(
             stderr=stream,
             text=True,
             start_new_session=True,
+            # What starts the tests in the background of a script ignores the signal, and its children inherit that.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         limit = time.monotonic() + 240
         while after is not None and after not in log.read_text():
