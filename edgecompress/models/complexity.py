@@ -8,6 +8,7 @@ profile measures.
 from __future__ import annotations
 
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,7 +52,15 @@ def count_macs(module: nn.Module, example: Tensor) -> int:
         # Each output value is a dot product with one filter: out_channels is the first dimension of the weight.
         total += output.numel() * weight[0].numel()
 
-    handles = [layer.register_forward_hook(count) for layer in weight_layers(module).values()]
+    observe_layers(module, example, count)
+    return total
+
+
+def observe_layers(
+    module: nn.Module, example: Tensor, seen: Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]
+) -> None:
+    """Run `example` through once, in eval mode; `seen` gets each layer with weights, its inputs and its output."""
+    handles = [layer.register_forward_hook(seen) for layer in weight_layers(module).values()]
     training = module.training
     try:
         with torch.no_grad():
@@ -60,7 +69,6 @@ def count_macs(module: nn.Module, example: Tensor) -> int:
         module.train(training)
         for handle in handles:
             handle.remove()
-    return total
 
 
 def weight_sparsity(module: nn.Module) -> float:

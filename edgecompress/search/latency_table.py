@@ -25,7 +25,7 @@ from edgecompress.int8.post_training import quantize
 from edgecompress.int8.scheme import resolve_scheme
 from edgecompress.measure.operator_times import segment_times
 from edgecompress.models.checkpoint import Checkpoint, example_input
-from edgecompress.models.complexity import weight_layers
+from edgecompress.models.complexity import observe_layers
 from edgecompress.models.model_building import Architecture, build, copy_of
 from edgecompress.pruning.prune import ChannelPruner
 from edgecompress.run_directory import Json, read_json, write_json
@@ -64,15 +64,7 @@ def layer_shapes(module: nn.Module, example: Tensor) -> list[LayerShape]:
         macs = output[:1].numel() * weight[0].numel()
         found.append(LayerShape(_kind(layer), macs, inputs[0][:1].numel(), output[:1].numel(), weight.numel()))
 
-    handles = [layer.register_forward_hook(note) for layer in weight_layers(module).values()]
-    training = module.training
-    try:
-        with torch.no_grad():
-            module.eval()(example)
-    finally:
-        module.train(training)
-        for handle in handles:
-            handle.remove()
+    observe_layers(module, example, note)
     return found
 
 

@@ -118,6 +118,7 @@ class SharedStudy:
     def _reaching(self) -> Iterator[None]:
         try:
             with warnings.catch_warnings():
+                # Optuna warns that some of its interface may change: about our code, not about the user's search.
                 warnings.simplefilter("ignore", category=optuna.exceptions.ExperimentalWarning)
                 yield
         except (SQLAlchemyError, optuna.exceptions.StorageInternalError, ImportError) as error:
