@@ -12,16 +12,28 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+import tokenize
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from edgecompress.errors import RunError
 
 RUNS_ROOT = Path("runs")
 SCHEMA_VERSION = 1
+# What every command relies on in run.json, each key with its type; lists hold what stands beside them.
+_REQUIRED: dict[str, type | tuple[type, type]] = {
+    **{"status": str, "recipe": dict},
+    **{"stages": (list, dict), "targets": (list, str)},
+}
+_OPTIONAL: dict[str, type | tuple[type, type]] = {
+    **{"baseline": dict, "data": dict, "model": dict, "exports": dict, "artifacts": dict, "machine": dict},
+    **{"gates": (list, dict), "decisions": (list, dict), "notes": (list, str), "overrides": (list, str)},
+}
+# What a document that was not written by this package makes of code that reads it.
+_MISREADINGS = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError)
 Json = dict[str, Any]
 
 
@@ -90,6 +102,19 @@ def read_json(path: Path) -> Json:
     if not isinstance(document, dict):
         raise RunError(f"{path}: expected a JSON object")
     return document
+
+
+def read_array(path: Path) -> Any:
+    """The numpy array of a .npy file, never of pickled objects. Raises RunError naming the file."""
+    import numpy as np  # not at the top: what only looks at files answers at once
+
+    try:
+        array = np.load(path, allow_pickle=False)
+    except (*_MISREADINGS, OSError, EOFError, SyntaxError, MemoryError, tokenize.TokenError) as error:
+        raise RunError(f"{path}: cannot be read: {error}; give the command again that makes it") from error
+    if not isinstance(array, np.ndarray):
+        raise RunError(f"{path}: cannot be read: is no .npy file; give the command again that makes it")
+    return array
 
 
 class RunDirectory:
@@ -189,9 +214,77 @@ def newest_run() -> Path:
 
 
 def open_run(path: Path | None) -> RunDirectory:
-    """The run at `path`, or the newest one. Raises RunError."""
+    """The run at `path`, or the newest one. Raises RunError, also where run.json is not as this package writes it."""
     run = RunDirectory(path if path is not None else newest_run())
-    missing = [key for key in ("status", "recipe", "stages", "targets") if key not in run.read_manifest()]
+    manifest = run.read_manifest()
+    missing = [key for key in _REQUIRED if key not in manifest]
     if missing:
         raise RunError(f"{run.manifest_path}: has no {', '.join(missing)}; it is damaged, start a new run")
+    faults = list(manifest_faults(manifest))
+    if faults:
+        raise RunError(f"{run.manifest_path}: {faults[0]}; it is damaged, start a new run")
     return run
+
+
+def manifest_faults(manifest: Json) -> Iterator[str]:
+    """What in a manifest no command could work with: another type, a stage without its id, a name that is a path."""
+    for key, kind in (_REQUIRED | _OPTIONAL).items():
+        outer, inner = kind if isinstance(kind, tuple) else (kind, object)
+        value = manifest.get(key)
+        if value is None and key in _OPTIONAL:
+            continue
+        items = value if isinstance(value, list) else ()
+        if not isinstance(value, outer) or not all(isinstance(item, inner) for item in items):
+            yield f"'{key}' is not what it should be, {_kind_text(outer, inner)}"
+            return
+    for stage in manifest["stages"]:
+        wrong = [key for key in ("id", "kind", "status") if not isinstance(stage.get(key), str)]
+        if wrong:
+            yield f"a stage has no {wrong[0]}"
+            return
+    # These become names of files and folders.
+    names = [*manifest["targets"], *(stage["id"] for stage in manifest["stages"])]
+    names += [baseline["id"]] if isinstance(baseline := manifest.get("baseline"), dict) and "id" in baseline else []
+    yield from (f"{name!r} is no name of a target or a stage" for name in names if not is_plain_name(name))
+    for key in ("what", "value", "why"):
+        if any(key not in decision for decision in manifest.get("decisions") or []):
+            yield f"a decision has no {key}"
+    artifacts: Mapping[str, Any] = manifest.get("artifacts") or {}
+    yield from (f"artifacts: {name} has no sha256" for name, value in artifacts.items() if not isinstance(value, str))
+
+
+def _kind_text(outer: type, inner: type) -> str:
+    words: dict[type, str] = {str: "text", dict: "an object", list: "a list"}
+    return words[outer] + (
+        f" whose elements are {'text' if inner is str else 'objects'}" if inner is not object else ""
+    )
+
+
+def is_plain_name(name: object) -> bool:
+    """Whether a name can be that of one file: no path, nothing hidden, nothing that leads elsewhere."""
+    if not isinstance(name, str) or not name or name.startswith(".") or len(name.encode("utf-8", "replace")) > 200:
+        return False
+    return "/" not in name and "\\" not in name and name.isprintable() and PurePosixPath(name).name == name
+
+
+@contextmanager
+def reading_documents(*runs: RunDirectory) -> Iterator[None]:
+    """Within the block, documents of these runs that are not built as this package writes them are a RunError.
+
+    Whoever reads them takes them as they were written; a file that was changed since is named, by its hash.
+    """
+    try:
+        yield
+    except _MISREADINGS as error:
+        changed = [str(run.path / name) for run in runs for name in _changed_files(run)]
+        which = f"changed since they were made: {', '.join(changed[:5])}" if changed else "perhaps run.json itself"
+        raise RunError(
+            f"{', '.join(str(run.path) for run in runs)}: a file there is not as edgecompress writes it "
+            f"({type(error).__name__}: {' '.join(str(error).split())[:200]}); {which}. Restore it, or give the command "
+            "again that makes it"
+        ) from error
+
+
+def _changed_files(run: RunDirectory) -> list[str]:
+    recorded, now = run.read_manifest().get("artifacts") or {}, run.artifacts()
+    return [name for name, digest in recorded.items() if now.get(name) != digest]

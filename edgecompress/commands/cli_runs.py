@@ -19,7 +19,7 @@ from edgecompress.commands.cli_options import JsonOption, NoGateOption, QuietOpt
 from edgecompress.commands.cli_output import conclude
 from edgecompress.commands.completion import complete_runs
 from edgecompress.errors import ConfigurationError, EdgeCompressError, RunError
-from edgecompress.run_directory import RUNS_ROOT, Json, RunDirectory, read_json
+from edgecompress.run_directory import RUNS_ROOT, Json, RunDirectory, open_run, read_json
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -95,7 +95,7 @@ def _row(path: Path) -> Json:
     row: Json = {"path": str(path), "recipe": None, "status": "damaged", "started_at": None, "targets": []}
     row |= {"stages": [], "accuracy": None, "size_bytes": _size_bytes(path), "verdicts": {}}
     try:
-        manifest = RunDirectory(path).read_manifest()
+        manifest = open_run(path).read_manifest()
         stages = [{"id": str(stage["id"]), "status": str(stage["status"])} for stage in manifest["stages"]]
         done = [stage for stage in manifest["stages"] if stage["status"] == "complete"]
         row |= {"recipe": manifest["recipe_name"], "started_at": manifest["started_at"], "stages": stages}
@@ -103,7 +103,7 @@ def _row(path: Path) -> Json:
         profiles = {file.stem: read_json(file) for file in sorted((path / "profile").glob("*.json"))}
         row["verdicts"] = {name: str(profile["verdict"]) for name, profile in profiles.items() if "verdict" in profile}
         row["status"] = manifest["status"]
-    except (EdgeCompressError, KeyError, TypeError):
+    except (EdgeCompressError, KeyError, TypeError, ValueError):
         pass  # said by its status
     return row
 

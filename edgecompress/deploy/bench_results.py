@@ -11,8 +11,6 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-import onnx
-
 from edgecompress.data.preprocessing import Preprocessing
 from edgecompress.device.bench import KIND, SCHEMA_VERSION
 from edgecompress.errors import ConfigurationError
@@ -20,6 +18,7 @@ from edgecompress.exporting.preprocessing_graph import PIXEL_FORM, embed_preproc
 from edgecompress.machine import mismatches
 from edgecompress.measure.measuring import FreshMeasurement, LatencyMeasurement
 from edgecompress.measure.profiling import Elsewhere
+from edgecompress.models.onnx_files import read_onnx
 from edgecompress.run_directory import Json, sha256_of
 from edgecompress.settings.target import Target
 
@@ -99,7 +98,7 @@ def _notes(measured: Mapping[str, str], models: Mapping[str, Path], place: str) 
 
 def _sha256_with_preprocessing(path: Path) -> str | None:
     """The hash of the same model as a bundle ships it."""
-    model = onnx.load(str(path))
+    model = read_onnx(path)
     described = {entry.key: entry.value for entry in model.metadata_props}.get("edgecompress.preprocessing")
     if described is None or input_form(model) == PIXEL_FORM:
         return None

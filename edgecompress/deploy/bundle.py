@@ -15,16 +15,17 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import onnx
 
 from edgecompress import __version__, console
 from edgecompress.data.preprocessing import Preprocessing
 from edgecompress.deploy.bundle_text import model_facts_header, readme_text
 from edgecompress.deploy.expected_results import write_expected
-from edgecompress.device.infer import KIND, MANIFEST, SCHEMA_VERSION, self_test
-from edgecompress.errors import RunError
+from edgecompress.device.infer import KIND, MANIFEST, SCHEMA_VERSION, BundleError, self_test
+from edgecompress.errors import ExportError, ModelError, RunError
 from edgecompress.exporting.preprocessing_graph import PIXEL_FORM, embed_preprocessing, input_form
+from edgecompress.exporting.samples import read_prepared
+from edgecompress.models.onnx_files import read_onnx
 from edgecompress.run_directory import Json, RunDirectory, read_json, sha256_of, to_json
 from edgecompress.settings.gates import missed_gates
 from edgecompress.settings.target import Target
@@ -104,7 +105,7 @@ def fill_folder(
             f"{run.path}: nothing exported for target {target.name}; "
             f"first: edgecompress export {run.path} --int8 --target {target.name}"
         )
-    metadata = _metadata(onnx.load(str(present["fp32"])))
+    metadata = _metadata(present["fp32"])
     preprocessing = Preprocessing.from_dict(metadata["preprocessing"])
     models = {
         key: _write_model(path, folder / path.name, preprocessing, inside=preprocessing_inside)
@@ -136,7 +137,12 @@ def fill_folder(
         },
     }
     write_manifest(folder, document)
-    document["self_test"] = write_expected(folder, document, np.load(stored, allow_pickle=False))
+    try:
+        document["self_test"] = write_expected(folder, document, read_prepared(exported))
+    except BundleError as error:
+        raise RunError(
+            f"{run.path}: its exported files give no answers to prove: {error}; export them again"
+        ) from error
     (folder / "cpp" / "model_facts.h").write_text(model_facts_header(document), "utf-8")
     (folder / "README.md").write_text(readme_text(document, caution(document)), "utf-8")
     document["files"] = {
@@ -204,26 +210,39 @@ def _require_room(folder: Path, archive: Path, manifest: Json) -> None:
         raise RunError(f"{folder / foreign[0]}: is no file of the bundle; move it away, or choose another --output")
 
 
-def _metadata(model: onnx.ModelProto) -> Json:
-    """What the export wrote into the file: preprocessing, labels, recipe and versions."""
-    entries = {entry.key.removeprefix("edgecompress."): entry.value for entry in model.metadata_props}
+def _metadata(path: Path) -> Json:
+    """What the export wrote into the file: preprocessing, labels, recipe and versions. Raises RunError."""
+    entries = {entry.key.removeprefix("edgecompress."): entry.value for entry in read_onnx(path).metadata_props}
     missing = [key for key in ("preprocessing", "labels", "recipe_sha256", "versions") if key not in entries]
     if missing:
-        raise RunError(f"the exported file says nothing about {', '.join(missing)}; export it again")
-    return {key: json.loads(entries[key]) for key in ("preprocessing", "labels", "versions")} | {
-        "recipe_sha256": entries["recipe_sha256"]
-    }
+        raise RunError(f"{path}: says nothing about {', '.join(missing)}; export it again")
+    try:
+        facts: Json = {key: json.loads(entries[key]) for key in ("preprocessing", "labels", "versions")}
+        Preprocessing.from_dict(facts["preprocessing"])
+    except (ValueError, RecursionError, ModelError) as error:
+        raise RunError(f"{path}: what it says of itself cannot be read: {error}; export it again") from error
+    labels = facts["labels"]
+    if not isinstance(labels, list) or not labels or not all(isinstance(label, str) for label in labels):
+        raise RunError(f"{path}: its labels are no list of names; export it again")
+    return {**facts, "recipe_sha256": entries["recipe_sha256"]}
 
 
 def _write_model(source: Path, path: Path, preprocessing: Preprocessing, *, inside: bool) -> Json:
     """The model as it ships, and how it is called."""
-    model = onnx.load(str(source))
-    if inside and input_form(model) != PIXEL_FORM:
-        onnx.save(embed_preprocessing(model, preprocessing), str(path))
-        model = onnx.load(str(path))
-    else:
-        shutil.copyfile(source, path)
-    return {"file": path.name, "input": _signature(model.graph.input[0]), "output": _signature(model.graph.output[0])}
+    model = read_onnx(source)
+    try:
+        if inside and input_form(model) != PIXEL_FORM:
+            model = embed_preprocessing(model, preprocessing)
+            onnx.save(model, str(path))
+        else:
+            shutil.copyfile(source, path)
+        return {
+            "file": path.name,
+            "input": _signature(model.graph.input[0]),
+            "output": _signature(model.graph.output[0]),
+        }
+    except (ExportError, LookupError, TypeError, ValueError) as error:
+        raise RunError(f"{source}: is not as the export writes it ({error}); export it again") from error
 
 
 def _signature(value: onnx.ValueInfoProto) -> Json:

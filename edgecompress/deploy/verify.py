@@ -8,14 +8,14 @@ self-test is this package's own.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 from edgecompress.deploy.archive import READ_ERRORS, refusals, unpack
 from edgecompress.device.infer import MANIFEST, BundleError, read_manifest, self_test, self_test_lines
-from edgecompress.errors import RunError
+from edgecompress.errors import ModelError, RunError
 from edgecompress.run_directory import Json, open_run, sha256_of
 
 _RUN_FILES_WITHOUT_HASH = {"run.json", "metrics.jsonl"}
@@ -191,23 +191,10 @@ def _stays_inside(name: Any) -> bool:
 
 def _require_whole_models(folder: Path, manifest: Json) -> None:
     """A model must bring its own weights: a file that it names could be any file of this machine."""
-    import onnx
+    from edgecompress.models.onnx_files import read_onnx
 
-    for name, facts in manifest["models"].items():
+    for facts in manifest["models"].values():
         try:
-            model = onnx.load(str(folder / facts["file"]), load_external_data=False)
-        except Exception as error:  # protobuf's errors share no public base
-            raise BundleError(f"{facts['file']}: is no ONNX file: {error}") from error
-        graphs = [model.graph, *model.functions]
-        if any(onnx.external_data_helper.uses_external_data(t) for graph in graphs for t in _tensors(graph)):
-            raise BundleError(f"{facts['file']} ({name}) takes weights from another file; a bundle's model may not")
-
-
-def _tensors(graph: Any) -> Iterator[Any]:
-    """Every constant of a graph or function, those of graphs within it included."""
-    yield from getattr(graph, "initializer", ())
-    for node in graph.node:
-        for attribute in node.attribute:
-            yield from (attribute.t, *attribute.tensors)
-            for inner in (attribute.g, *attribute.graphs):
-                yield from _tensors(inner)
+            read_onnx(folder / facts["file"])
+        except ModelError as error:
+            raise BundleError(str(error)) from error

@@ -14,7 +14,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import struct
 import sys
+import tokenize
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -54,16 +57,30 @@ def read_manifest(folder: Path) -> Json:
     return manifest
 
 
+# What numpy and Pillow are known to raise on damaged files, beside errors of their own.
+_DAMAGED = (OSError, ValueError, EOFError, TypeError, LookupError, SyntaxError, ArithmeticError, MemoryError)
+_DAMAGED_ARRAY = (*_DAMAGED, tokenize.TokenError, RecursionError)
+_DAMAGED_IMAGE = (*_DAMAGED, struct.error, zlib.error)
+
+
+def read_array(path: Path) -> np.ndarray[Any, Any]:
+    """The array of a .npy file, never of pickled objects. Raises BundleError."""
+    try:
+        array = np.load(path, allow_pickle=False)
+    except _DAMAGED_ARRAY as error:
+        raise BundleError(f"{path}: cannot be read: {error}") from error
+    if not isinstance(array, np.ndarray):
+        raise BundleError(f"{path}: cannot be read: is no .npy file")
+    return array
+
+
 def read_image(path: Path, channels: int) -> np.ndarray[Any, Any]:
     """Pixels of an image: uint8 [H, W, C] of a .npy file, or what Pillow decodes, in grey or in colour.
 
     Raises BundleError.
     """
     if path.suffix == ".npy":
-        try:
-            pixels: np.ndarray[Any, Any] = np.load(path, allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
-            raise BundleError(f"{path}: cannot be read: {error}") from error
+        pixels = read_array(path)
         if pixels.ndim == 4 and pixels.shape[0] == 1:
             pixels = pixels[0]
         if pixels.dtype != np.uint8 or pixels.ndim not in (2, 3) or 0 in pixels.shape:
@@ -82,9 +99,11 @@ def read_image(path: Path, channels: int) -> np.ndarray[Any, Any]:
 
     try:
         with Image.open(path) as image:
+            if Image.MAX_IMAGE_PIXELS is not None and image.width * image.height > Image.MAX_IMAGE_PIXELS:
+                raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels")
             image.load()
             pixels = np.asarray(to_mode(image, "L" if channels == 1 else "RGB"))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except (*_DAMAGED_IMAGE, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise BundleError(f"{path}: cannot be decoded: {error}") from error
     return pixels if pixels.ndim == 3 else pixels[:, :, None]
 
@@ -197,7 +216,7 @@ def self_test(folder: Path, names: list[str] | None = None) -> list[Json]:
 
 def _test_model(folder: Path, name: str, test: Json) -> Json:
     rule = test["models"][name]
-    expected: np.ndarray[Any, Any] = np.load(folder / rule["logits"], allow_pickle=False)
+    expected = read_array(folder / rule["logits"])
     classifier = Classifier(folder, name, threads=1)
     channels = classifier.manifest["preprocessing"]["channels"]
     images = (read_image(folder / sample["image"], channels) for sample in test["samples"])

@@ -17,7 +17,7 @@ from edgecompress.data.images import PreparedSplit
 from edgecompress.data.preprocessing import Preprocessing
 from edgecompress.errors import RunError
 from edgecompress.exporting.preprocessing_graph import PIXEL_FORM, InputForm
-from edgecompress.run_directory import atomic_path
+from edgecompress.run_directory import atomic_path, read_array
 
 PREPARED_FILE = "samples.npy"
 PIXELS_FILE = "samples_pixels.npy"
@@ -49,6 +49,15 @@ def _save(path: Path, array: NDArray[np.uint8]) -> None:
             np.save(stream, array)
 
 
+def read_prepared(folder: Path) -> NDArray[np.uint8]:
+    """The images that the export kept, uint8 [N, C, H, W]. Raises RunError when they cannot be read."""
+    stored = folder / PREPARED_FILE
+    images: NDArray[np.uint8] = read_array(stored)
+    if images.dtype != np.uint8 or images.ndim != 4 or 0 in images.shape:
+        raise RunError(f"{stored}: holds no images (uint8 [N, C, H, W]); export again")
+    return images
+
+
 def measuring_input(folder: Path, preprocessing: Preprocessing, form: InputForm, scratch: Path) -> Path | None:
     """The file of images that a model of this form is measured on, or None where the export left none.
 
@@ -59,10 +68,9 @@ def measuring_input(folder: Path, preprocessing: Preprocessing, form: InputForm,
         return None
     if form == PIXEL_FORM:
         return stored
-    try:
-        images = torch.from_numpy(np.load(stored, allow_pickle=False))
-    except (OSError, ValueError) as error:
-        raise RunError(f"{stored}: cannot be read: {error}; export again") from error
+    images = torch.from_numpy(read_prepared(folder))
+    if images.shape[1] != preprocessing.channels:
+        raise RunError(f"{stored}: holds {images.shape[1]} channels, the model reads {preprocessing.channels}")
     path = scratch / "input.npy"
     np.save(path, preprocessing.normalize(images).numpy())
     return path
@@ -78,7 +86,7 @@ def latency_note(folder: Path | None, form: InputForm) -> str | None:
     stored = folder / PIXELS_FILE if folder is not None else None
     if stored is None or not stored.is_file():
         return "Preprocessing is inside the files, so latencies include it."
-    height, width = np.load(stored, mmap_mode="r", allow_pickle=False).shape[1:3]
+    height, width = read_array(stored).shape[1:3]
     return (
         f"Preprocessing is inside the files: latencies include resizing and normalizing images of {width} x {height} "
         "pixels; larger images take longer."

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from edgecompress.errors import RunError
+from edgecompress.errors import ModelError, PruningError, RunError
 from edgecompress.models.model_building import Architecture, build
 from edgecompress.models.model_history import History, history_from_json, history_to_json, replay
 from edgecompress.run_directory import atomic_path, read_json, write_text
@@ -71,10 +71,13 @@ def rebuild(folder: Path) -> tuple[Checkpoint, dict[str, Any]]:
             raise RunError(f"{folder}: format_version {description['format_version']} is newer than {FORMAT_VERSION}")
         architecture = Architecture.from_dict(description["architecture"])
         history = history_from_json(description["history"])
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError, ModelError) as error:
         raise RunError(f"{folder / 'model.json'}: not a model description: {error!r}") from error
-    module = build(architecture)
-    replay(module, example_input(architecture), history)
+    try:
+        module = build(architecture)
+        replay(module, example_input(architecture), history)
+    except (ModelError, PruningError) as error:
+        raise RunError(f"{folder / 'model.json'}: {error}") from error
     return Checkpoint(module.eval(), architecture, history), description
 
 

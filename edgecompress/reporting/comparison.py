@@ -18,7 +18,7 @@ from edgecompress.reporting.figures import figures_of, latency_trade_off, size_t
 from edgecompress.reporting.report_facts import report_document
 from edgecompress.reporting.summary import Json, number, section
 from edgecompress.reporting.variants import name_of, pair, variants
-from edgecompress.run_directory import RunDirectory, read_json
+from edgecompress.run_directory import RunDirectory, read_json, reading_documents
 
 _LEAVES_SHOWN = 40
 _BUSY = 0.05  # a fixed loop that differs this much between two runs: the machine was not the same
@@ -51,8 +51,13 @@ def comparison_document(runs: Sequence[RunDirectory], target: str | None = None)
     """Everything that the comparison's pages say, as JSON.
 
     Each run counts once for every target that it was profiled on, or once for `target`. Raises ConfigurationError
-    where fewer than two are left, and RunError for what is no run.
+    where fewer than two are left, and RunError for what is no run, or holds files that cannot be understood.
     """
+    with reading_documents(*runs):
+        return _comparison(runs, target)
+
+
+def _comparison(runs: Sequence[RunDirectory], target: str | None) -> dict[str, Any]:
     candidates = _candidates(runs, target)
     if len(candidates) < 2:
         raise ConfigurationError(

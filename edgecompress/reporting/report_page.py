@@ -21,7 +21,7 @@ from edgecompress import console
 from edgecompress.reporting import drawing, summary
 from edgecompress.reporting.report_facts import report_document
 from edgecompress.reporting.typography import markdown_code, markdown_text, typographic
-from edgecompress.run_directory import RunDirectory, write_json, write_text
+from edgecompress.run_directory import RunDirectory, reading_documents, write_json, write_text
 
 __all__ = ["FORMATS", "ReportPaths", "markdown_text", "render_html", "report_document", "write_pages", "write_report"]
 
@@ -45,8 +45,8 @@ class ReportPaths:
 
 
 def write_report(run: RunDirectory, target: str, formats: Collection[str] = FORMATS) -> ReportPaths:
-    """Render the pages of a target and write them atomically. Raises RunError when `run` is no run directory."""
-    with console.busy(f"writing the report for {target}"):
+    """Render the pages of a target and write them atomically. Raises RunError when a file of the run makes no sense."""
+    with console.busy(f"writing the report for {target}"), reading_documents(run):
         document = report_document(run, target)
         return write_pages(document, run.report_path(target, "html"), "report", formats)
 

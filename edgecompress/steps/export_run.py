@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import onnx
 import torch
 from numpy.typing import NDArray
 from torch import nn
@@ -50,6 +49,7 @@ from edgecompress.int8.scheme import Scheme, resolve_scheme
 from edgecompress.machine import versions
 from edgecompress.measure.integer_graph import inspect_integer_graph
 from edgecompress.models.checkpoint import Checkpoint, example_input, load_checkpoint, rebuild
+from edgecompress.models.onnx_files import read_onnx
 from edgecompress.run_directory import Json, RunDirectory, write_json
 from edgecompress.settings.gates import Gate, record_gates
 from edgecompress.settings.recipe import QatStage, QuantizeStage, Recipe
@@ -300,7 +300,7 @@ def _remove_other_form(work: _Work) -> None:
     stale = work.folder / INT8_FILE
     if not stale.is_file():
         return
-    earlier = onnx.load(stale)
+    earlier = read_onnx(stale)
     if input_form(earlier) != work.form or [value.name for value in earlier.graph.output] != _outputs(work):
         stale.unlink()
         console.warn(

@@ -8,8 +8,6 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
-import onnx
-
 from edgecompress.deploy.bench_results import measured_elsewhere, read_bench
 from edgecompress.deploy.bundle import fill_folder
 from edgecompress.deploy.remote import Host, measure_on
@@ -21,6 +19,7 @@ from edgecompress.measure.measuring import STANDARD
 from edgecompress.measure.profiling import profile_models
 from edgecompress.measure.verdict import decide
 from edgecompress.models.checkpoint import rebuild
+from edgecompress.models.onnx_files import read_onnx
 from edgecompress.run_directory import Json, RunDirectory, write_json
 from edgecompress.settings.gates import missed_gates
 from edgecompress.settings.target import Target
@@ -130,7 +129,7 @@ def _profile_elsewhere(
 
 def _one_form(run: RunDirectory, models: dict[str, Path]) -> InputForm:
     """The form of input that all files read. Raises RunError where they differ: one image could not feed them all."""
-    forms = {name: input_form(onnx.load(path)) for name, path in models.items()}
+    forms = {name: input_form(read_onnx(path)) for name, path in models.items()}
     if len(set(forms.values())) > 1:
         found = ", ".join(f"{name}: {form}" for name, form in forms.items())
         raise RunError(f"{run.path}: the exported files read different inputs ({found}); export all of them again")

@@ -18,7 +18,7 @@ from edgecompress.data.run_data import ImageData
 from edgecompress.errors import DataError, RunError
 from edgecompress.models.checkpoint import Checkpoint, load_checkpoint
 from edgecompress.models.complexity import compressed_size_bytes, measure_complexity
-from edgecompress.run_directory import Json, RunDirectory, atomic_path
+from edgecompress.run_directory import Json, RunDirectory, atomic_path, read_array
 from edgecompress.settings.configuration import apply_overrides, validate
 from edgecompress.settings.recipe import INITIAL_ID, QuantizeStage, Recipe
 from edgecompress.training.confidence import calibration_of
@@ -86,10 +86,10 @@ def save_logits(run: RunDirectory, stage_id: str, logits: Tensor) -> None:
 def load_logits(run: RunDirectory, stage_id: str) -> np.ndarray[Any, np.dtype[np.float32]]:
     """Logits of a stage on the report split. Raises RunError."""
     path = run.stage(stage_id) / "logits.npy"
-    try:
-        return np.asarray(np.load(path, allow_pickle=False), dtype=np.float32)
-    except (OSError, ValueError) as error:
-        raise RunError(f"{path}: cannot be read: {error}; run the recipe again") from error
+    logits: np.ndarray[Any, np.dtype[np.float32]] = read_array(path)
+    if logits.dtype != np.float32 or logits.ndim != 2:
+        raise RunError(f"{path}: holds no logits (float32 [samples, classes]); run the recipe again")
+    return logits
 
 
 def evaluation_entry(logits: Tensor, labels: Tensor, split: str) -> Json:
