@@ -33,7 +33,8 @@ from edgecompress.models.model_building import copy_of
 from edgecompress.run_directory import read_json, write_json
 from edgecompress.search.front import Point, hypervolume, pareto_front
 from edgecompress.search.latency_table import LatencyTable
-from edgecompress.search.search_run import SearchOrder, search
+from edgecompress.search.order import SearchOrder
+from edgecompress.search.search_run import search
 from edgecompress.search.space import Settings, load_space
 from edgecompress.search.trial import Terms, Trial, own_stages
 from edgecompress.settings.target import own_target

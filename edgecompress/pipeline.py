@@ -31,6 +31,8 @@ from edgecompress.measure.sweeps import parse_sweeps
 from edgecompress.reporting.comparison import comparison_document
 from edgecompress.reporting.report_page import FORMATS, ReportPaths, write_pages, write_report
 from edgecompress.run_directory import RUNS_ROOT, Json, RunDirectory, new_run_path, open_run, read_json, write_json
+from edgecompress.search.order import SearchOrder
+from edgecompress.search.plan_search import search_plan
 from edgecompress.settings.gates import missed_gates
 from edgecompress.settings.recipe import QatStage, Recipe, load_recipe
 from edgecompress.settings.target import Target, load_target, own_target
@@ -334,45 +336,25 @@ def plan(
     return plan_document(recipe, directory.path, names, complete=complete, profiled_for=profiled_for, command=command)
 
 
-def search(
-    recipe_source: str,
-    *,
-    target: str,
-    max_accuracy_drop: float,
-    minimize: Literal["latency", "size", "memory"] = "latency",
-    trials: int | None = None,
-    seconds: float | None = None,
-    overrides: Sequence[str] = (),
-    output: Path | None = None,
-    resume: bool = False,
-    storage: str | None = None,
-    cache: Path | None = None,
-    warm_starts: Sequence[Path] = (),
-    command: str = "",
-) -> Json:
+def search(order: SearchOrder, *, output: Path | None = None, resume: bool = False) -> Json:
     """Search a recipe's settings for what a target runs best; returns the content of search.json, and its folder."""
-    from edgecompress.search.search_run import SearchOrder
     from edgecompress.search.search_run import search as run_search  # Optuna, which no other command has a use for
 
     if workers.world_size() > 1:
         raise ConfigurationError("search trains in one process; for more, give the same command again with --resume")
+    directory = _search_folder(order, output, resume)
+    return run_search(order, directory, resume=resume) | {"folder": str(directory)}
+
+
+def plan_search(order: SearchOrder, *, output: Path | None = None, resume: bool = False) -> Json:
+    """What `search` would do; nothing is written."""
+    return search_plan(order, _search_folder(order, output, resume), resume=resume)
+
+
+def _search_folder(order: SearchOrder, output: Path | None, resume: bool) -> Path:
     if resume and output is None:
         raise RunError("--resume needs --output DIR, the search to go on with")
-    order = SearchOrder(
-        source=recipe_source,
-        overrides=tuple(overrides),
-        target=load_target(target),
-        max_accuracy_drop=max_accuracy_drop,
-        minimize=minimize,
-        trials=trials,
-        seconds=seconds,
-        storage=storage,
-        cache=cache,
-        warm_starts=tuple(warm_starts),
-        command=command,
-    )
-    directory = output if output is not None else new_run_path(f"{Path(recipe_source).stem}-search")
-    return run_search(order, directory, resume=resume) | {"folder": str(directory)}
+    return output if output is not None else new_run_path(f"{Path(order.source).stem}-search")
 
 
 def _open_cache(folder: Path | None) -> StageCache | None:

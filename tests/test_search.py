@@ -6,9 +6,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 
 from conftest import CommandLine
+from edgecompress.commands.cli_schemas import read_schema
 from edgecompress.models.checkpoint import example_input
 from edgecompress.models.complexity import count_macs
 from edgecompress.models.model_building import build
@@ -52,11 +54,17 @@ def test_a_search_and_one_more_trial(
     target = (tmp_path / "x86.yaml").resolve()
     target.write_text("name: mine\narchitecture: x86_64\nbudgets: {min_int8_speedup: null}\n")
     how = ("--target", target, "--max-accuracy-drop", "0.5", "--output", "found", "--json")
+    plan = json.loads(command_line("search", "small.yaml", *how, "--trials", "2", "--dry-run").stdout)
+    assert not (tmp_path / "found").exists()
+    assert not trained
     answer = command_line("search", "small.yaml", *how, "--trials", "2")
     assert answer.exit_code == 0, answer.stderr
     document = json.loads(answer.stdout)
     assert {key: document[key] for key in _document(tmp_path / "found")} == _document(tmp_path / "found")
+    jsonschema.Draft202012Validator(read_schema("search")).validate(document)
     assert [trial["status"] for trial in document["trials"]] == ["complete", "complete"]
+    # The machine may be busy in one of the two.
+    assert 0.1 < plan["seconds"] / document["spent"]["seconds"] < 10
     assert trained.count("dense") == 1
     assert trained.count("pruned 1/1") == 2
     for row in document["front"]:

@@ -13,8 +13,10 @@ import pytest
 from edgecompress.errors import RunError, StageError
 from edgecompress.run_directory import write_json
 from edgecompress.search.front import EarlyRecord
+from edgecompress.search.order import SearchOrder
+from edgecompress.search.plan_search import search_plan
 from edgecompress.search.result_text import lines
-from edgecompress.search.search_run import SearchOrder, search
+from edgecompress.search.search_run import search
 from edgecompress.search.trial import Trial, TrialStopped
 from edgecompress.settings.target import load_target
 
@@ -143,6 +145,10 @@ def test_interrupted_and_resumed_nothing_is_lost_or_repeated(
     assert sorted(number for number, _ in again) == [2, 3, 4]
     assert dict(again)[2] == dict(before)[2], "the interrupted trial goes on with its own settings"
     assert [trial["status"] for trial in document["trials"]] == ["complete"] * 5
+    plan = search_plan(replace(order, trials=6), tmp_path / "s", resume=True)
+    assert (plan["search"]["trials_done"], plan["search"]["trials"]) == (5, 6)
+    rows = {row["step"]: row for row in plan["steps"]}
+    assert (rows["dense"]["done"], rows["dense"]["seconds"], rows["pruned"]["times"]) == (True, 0.0, 1)
     count = len(pretended.ran)
     assert search(order, tmp_path / "s", resume=True, make_trial=pretended)["trials"] == document["trials"]
     assert len(pretended.ran) == count

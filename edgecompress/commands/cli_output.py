@@ -19,6 +19,7 @@ from edgecompress.errors import EXIT_GATE_MISSED, EXIT_OK, EdgeCompressError
 
 if TYPE_CHECKING:
     from edgecompress.pipeline import Outcome
+    from edgecompress.run_directory import Json
 
 Result = TypeVar("Result")
 
@@ -136,6 +137,18 @@ def print_outcome(outcome: Outcome, *, explain: bool = False) -> None:
     stdout.print(f"next:   {next_command(outcome)}", markup=False, soft_wrap=True)
 
 
+def print_plan(document: Json) -> None:
+    """What a dry run found, for people."""
+    from rich.console import Console
+
+    from edgecompress.reporting.plan_text import plan_lines, plan_table
+
+    stdout = Console(highlight=False, emoji=False)
+    stdout.print(plan_table(document))
+    for line in plan_lines(document):
+        stdout.print(line, markup=False, soft_wrap=True)
+
+
 def next_command(outcome: Outcome) -> str:
     """What to do with a run now: the step that is still missing, or what its verdict asks for."""
     run, manifest = shlex.quote(str(outcome.run.path)), outcome.manifest
@@ -161,3 +174,8 @@ def next_command(outcome: Outcome) -> str:
 def command_line() -> str:
     """The command as it was given, so that the run can be made again."""
     return shlex.join(["edgecompress", *sys.argv[1:]])
+
+
+def planned_command() -> str:
+    """The command as it was given, without --dry-run."""
+    return shlex.join(["edgecompress", *(word for word in sys.argv[1:] if word != "--dry-run")])

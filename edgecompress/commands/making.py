@@ -29,7 +29,7 @@ from edgecompress.commands.cli_options import (
     ThoroughOption,
     TrackOption,
 )
-from edgecompress.commands.cli_output import command_line, conclude, finish
+from edgecompress.commands.cli_output import command_line, conclude, finish, planned_command, print_plan
 from edgecompress.commands.completion import complete_targets
 
 if TYPE_CHECKING:
@@ -193,17 +193,6 @@ def _plan(
         from edgecompress import pipeline
 
         how: dict[str, Any] = {"output": output, "resume": resume, "profiled_for": profiled_for()}
-        command = command_line().replace(" --dry-run", "")
-        return pipeline.plan(recipe, targets=targets, overrides=overrides or (), command=command, **how)
+        return pipeline.plan(recipe, targets=targets, overrides=overrides or (), command=planned_command(), **how)
 
-    def show(document: Json) -> None:
-        from rich.console import Console
-
-        from edgecompress.reporting.plan_text import plan_lines, plan_table
-
-        stdout = Console(highlight=False, emoji=False)
-        stdout.print(plan_table(document))
-        for line in plan_lines(document):
-            stdout.print(line, markup=False, soft_wrap=True)
-
-    conclude(work, show=show, as_json=as_json, quiet=quiet)
+    conclude(work, show=print_plan, as_json=as_json, quiet=quiet)

@@ -9,12 +9,13 @@ from __future__ import annotations
 import re
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from edgecompress.commands.cli_options import (
     CacheOption,
+    DryRunOption,
     JsonOption,
     NoGateOption,
     QuietOption,
@@ -23,8 +24,11 @@ from edgecompress.commands.cli_options import (
     SetOption,
     TargetOption,
 )
-from edgecompress.commands.cli_output import command_line, conclude
+from edgecompress.commands.cli_output import command_line, conclude, planned_command, print_plan
 from edgecompress.errors import EXIT_GATE_MISSED, EXIT_OK, ConfigurationError
+
+if TYPE_CHECKING:
+    from edgecompress.search.order import SearchOrder
 
 app = typer.Typer()
 _UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
@@ -66,13 +70,14 @@ def search_command(
         list[Path] | None,
         typer.Option("--warm-start", help="An earlier search or run whose settings are tried first; may be repeated."),
     ] = None,
+    dry_run: DryRunOption = False,
     as_json: JsonOption = False,
     no_gate: NoGateOption = False,
     quiet: QuietOption = False,
 ) -> None:
     """Search a recipe's settings for the best model that a target can run."""
 
-    def work() -> dict[str, Any]:
+    def order() -> SearchOrder:
         seconds = seconds_of(time_limit)
         if not 0 <= max_accuracy_drop <= 1:
             hint = f"; did you mean {max_accuracy_drop / 100:g}?" if 1 < max_accuracy_drop <= 100 else ""
@@ -82,24 +87,35 @@ def search_command(
                 "--storage takes postgresql://user@host/database; without it the trials lie in a file of the folder"
             )
         _require_space_and_target(recipe, tuple(overrides or ()), target)
-        from edgecompress import pipeline
+        from edgecompress.search.order import SearchOrder
+        from edgecompress.settings.target import load_target
 
-        return pipeline.search(
-            recipe,
-            target=target,
+        return SearchOrder(
+            source=recipe,
+            overrides=tuple(overrides or ()),
+            target=load_target(target),
             max_accuracy_drop=max_accuracy_drop,
             minimize=minimize.value,
             trials=DEFAULT_TRIALS if trials is None and seconds is None else trials,
             seconds=seconds,
-            overrides=overrides or (),
-            output=output,
-            resume=resume,
             storage=storage,
             cache=cache,
-            warm_starts=warm_start or (),
-            command=command_line(),
+            warm_starts=tuple(warm_start or ()),
+            command=planned_command() if dry_run else command_line(),
         )
 
+    def plan() -> dict[str, Any]:
+        from edgecompress import pipeline
+
+        return pipeline.plan_search(order(), output=output, resume=resume)
+
+    def work() -> dict[str, Any]:
+        from edgecompress import pipeline
+
+        return pipeline.search(order(), output=output, resume=resume)
+
+    if dry_run:
+        conclude(plan, show=print_plan, as_json=as_json, quiet=quiet)
     conclude(
         work,
         show=_show,

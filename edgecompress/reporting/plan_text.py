@@ -26,15 +26,30 @@ def plan_table(document: Json) -> Table:
 
 def plan_lines(document: Json) -> list[str]:
     """Sums, warnings, and the next command."""
+    search = document.get("search")
+    place = "run directory" if search is None else "search directory"
     free, available = bytes_text(document["free_disk_bytes"]), bytes_text(document["available_memory_bytes"])
     return [
+        *(_search_lines(search) if search is not None else ()),
         f"about {duration_text(document['seconds'])}, at most, as busy as the machine is now; "
         f"{bytes_text(document['disk_bytes'])} of disk ({free} free); "
         f"{bytes_text(document['memory_bytes'])} of memory at most ({available} available)",
         f"estimated in {document['probe']['seconds']:.1f} s from {document['probe']['how']}; int8 is rough",
         *(f"warning: {text}" for text in document["warnings"]),
-        f"run directory: {document['output']}; nothing was written",
+        f"{place}: {document['output']}; nothing was written",
         f"next: {document['command']}",
+    ]
+
+
+def _search_lines(search: Json) -> list[str]:
+    """How many trials, and over what."""
+    done = f", {search['trials_done']} of them done" if search["trials_done"] else ""
+    fit = " fit in the time" if search["limited_by"] == "time" else ""
+    return [
+        f"searched {'by default' if search['space_is_default'] else 'as declared'}:",
+        *(f"  {text}" for text in search["space_in_words"]),
+        f"{search['trials']} trials{fit}{done}; those that are given up early take less",
+        *(f"not this machine, so nothing is timed: {text}" for text in search["not_measured_because"]),
     ]
 
 

@@ -7,51 +7,35 @@ that stops goes on.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from edgecompress import console
 from edgecompress.data.run_data import open_data
 from edgecompress.errors import ConfigurationError, DataError, RunError, StageError
-from edgecompress.run_directory import Json, RunDirectory, read_json, write_json, write_text
+from edgecompress.run_directory import Json, write_json, write_text
 from edgecompress.search.front import EarlyRecord, hopeless
 from edgecompress.search.latency_table import LatencyTable
+from edgecompress.search.order import (
+    DOCUMENT,
+    SPREAD,
+    SearchOrder,
+    earlier_search,
+    require_measurable,
+    search_key,
+    warm_points,
+)
 from edgecompress.search.result import SearchTerms, found
 from edgecompress.search.result_text import markdown
-from edgecompress.search.space import SearchSpace, Settings, load_space
+from edgecompress.search.space import load_space
 from edgecompress.search.study import FILE, Attempt, SharedStudy, TrialRecord, shown_url
-from edgecompress.search.trial import Minimize, Terms, Trial, TrialStopped, measure_again
-from edgecompress.settings.target import Target
-from edgecompress.steps.run_state import recipe_document
+from edgecompress.search.trial import Terms, Trial, TrialStopped, measure_again
 from edgecompress.steps.stage_cache import StageCache
 
-DOCUMENT = "search.json"
-_SPREAD = 6  # points that are tried before the sampler chooses
-_WARM = 5  # points taken from an earlier search
 _FAILURES = 3  # in a row, before anything is complete: then something is wrong with all of them
 _WAIT_SECONDS = 2.0
-
-
-@dataclass(frozen=True)
-class SearchOrder:
-    """What was asked for. `trials` and `seconds` are limits, of which the first one reached ends the search."""
-
-    source: str
-    overrides: tuple[str, ...]
-    target: Target
-    max_accuracy_drop: float
-    minimize: Minimize
-    trials: int | None
-    seconds: float | None
-    storage: str | None
-    cache: Path | None
-    warm_starts: tuple[Path, ...]
-    command: str
 
 
 def search(order: SearchOrder, directory: Path, *, resume: bool, make_trial: type[Trial] = Trial) -> Json:
@@ -71,16 +55,15 @@ def search(order: SearchOrder, directory: Path, *, resume: bool, make_trial: typ
 class _Search:
     def __init__(self, order: SearchOrder, directory: Path, *, resume: bool, make_trial: type[Trial]) -> None:
         self.make_trial = make_trial
-        # What may be lost is said with the command; it wins over what the target allows in general.
-        budgets = order.target.budgets.model_copy(update={"max_accuracy_drop": order.max_accuracy_drop})
-        order = replace(order, target=order.target.model_copy(update={"budgets": budgets}))
+        order = order.with_limit()
         self.order, self.directory, self.path = order, directory, directory / DOCUMENT
         self.started = time.monotonic()
         self.space = load_space(order.source, order.overrides)
         recipe = self.space.recipe_with(self.space.start(), max_accuracy_drop=order.max_accuracy_drop)
         self.data = open_data(recipe.data)
-        self.key = self._key(recipe.seed)
-        warm = self._warm_points()
+        self.key = search_key(order, self.space, self.data)
+        require_measurable(order)
+        warm = warm_points(order, self.space)
         self._claim_directory(resume)
         self.terms = Terms(
             space=self.space,
@@ -92,11 +75,6 @@ class _Search:
             table=LatencyTable.open(directory / f"layers-{order.target.name}.json", order.target),
             command=order.command,
         )
-        if order.minimize == "memory" and self.terms.not_measured_because:
-            raise ConfigurationError(
-                f"--minimize memory is measured, and target {order.target.name} is not this machine "
-                f"({'; '.join(self.terms.not_measured_because)}); use --minimize size, or search on the device"
-            )
         url = order.storage or f"sqlite:///{(directory / FILE).absolute()}"
         name = f"{recipe.name}-{self.key[:12]}"
         self.study = SharedStudy(
@@ -104,48 +82,15 @@ class _Search:
         )
         self.warm = warm
 
-    def _key(self, seed: int) -> str:
-        """What makes two searches the same one: recipe and space, images, target, and what is asked for."""
-        facts = [
-            recipe_document(self.space.recipe_with(self.space.start())),
-            [dimension.to_json() for dimension in self.space.dimensions],
-            self.data.fingerprint,
-            self.order.target.model_dump(mode="json"),
-            self.order.minimize,
-            self.order.max_accuracy_drop,
-            seed,
-        ]
-        return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
-
     def _claim_directory(self, resume: bool) -> None:
         """Make the folder, or find the same search in it. Nothing is overwritten unasked."""
-        directory = self.directory
+        if earlier_search(self.directory, self.key, resume=resume) is not None:
+            return
         try:
-            if self.path.is_file():
-                if not resume:
-                    raise RunError(f"{directory}: a search is there; go on with --resume, or choose another --output")
-                if read_json(self.path).get("key") != self.key:
-                    raise RunError(
-                        f"{directory}: was searched with another recipe, data, target or limit; repeat the same "
-                        "command, or choose another --output"
-                    )
-                return
-            if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-                raise RunError(f"{directory}: exists and holds no search; choose another --output")
-            directory.mkdir(parents=True, exist_ok=True)
+            self.directory.mkdir(parents=True, exist_ok=True)
             write_json(self.path, {"key": self.key, "status": "running", "trials": [], "front": [], "pick": None})
         except OSError as error:
-            raise RunError(f"{directory}: cannot be written: {error.strerror}; choose another --output") from error
-
-    def _warm_points(self) -> list[Settings]:
-        """Settings of finished searches and runs that are points of this space, the best first."""
-        points: list[Settings] = []
-        for path in self.order.warm_starts:
-            found_here = _points_in(path, self.space)
-            fitting = [point for point in found_here if self.space.holds(point)]
-            console.note(f"--warm-start {path}: {len(fitting)} of {len(found_here)} points fit this space")
-            points += [point for point in fitting if point not in points]
-        return points[:_WARM]
+            raise RunError(f"{self.directory}: cannot be written: {error.strerror}; choose another --output") from error
 
     def tell(self) -> None:
         """Say what is searched, before anything is computed."""
@@ -168,7 +113,7 @@ class _Search:
     def run(self) -> Json:
         self.tell()
         self.study.offer(self.warm[: self.order.trials], "warm")
-        self.study.offer(self.space.spread(_SPREAD)[: self.order.trials], "spread")
+        self.study.offer(self.space.spread(SPREAD)[: self.order.trials], "spread")
         document = self.write()
         begun = sum(trial["status"] != "running" for trial in document["trials"])
         with console.progress("searching", self.order.trials or begun + 1) as advance:
@@ -364,27 +309,3 @@ def _gains(records: Sequence[TrialRecord], epochs: int) -> list[float]:
 def _last_early(result: Json, records: Sequence[TrialRecord]) -> EarlyRecord | None:
     record = next(record for record in records if record.result is result)
     return EarlyRecord(**record.early[-1]) if record.early else None
-
-
-def _points_in(path: Path, space: SearchSpace) -> list[Settings]:
-    """Settings that an earlier search or run holds for the fields of `space`, those of its front first."""
-    if (path / DOCUMENT).is_file():
-        document = read_json(path / DOCUMENT)
-        front = [row["trial"] for row in document.get("front", [])]
-        trials = [trial for trial in document.get("trials", []) if trial.get("status") == "complete"]
-        return [trial["settings"] for trial in sorted(trials, key=lambda trial: trial["id"] not in front)]
-    if (path / "run.json").is_file():
-        recipe = RunDirectory(path).read_manifest()["recipe"]
-        values = {dimension.path: _value_at(recipe, dimension.path.split(".")) for dimension in space.dimensions}
-        return [values]
-    raise RunError(f"--warm-start {path}: holds neither {DOCUMENT} nor run.json; give a search's folder or a run's")
-
-
-def _value_at(document: Any, keys: Sequence[str]) -> Any:
-    """The value at a place of a resolved recipe, whose lists are entered by id; None where it is not there."""
-    for key in keys:
-        if isinstance(document, list):
-            document = next((item for item in document if isinstance(item, dict) and item.get("id") == key), None)
-        else:
-            document = document.get(key) if isinstance(document, dict) else None
-    return document

@@ -42,16 +42,48 @@ def plan_document(
 ) -> Json:
     """The plan as JSON: the steps, their totals, what the machine has, and what would not fit. Raises InputError."""
     started = time.perf_counter()
-    data = open_data(recipe.data.model_copy(update={"download": False}))  # a plan fetches nothing
-    probes = {
-        stage: probe_model(model, recipe, data, settings)
-        for stage, (model, settings) in models_to_probe(recipe).items()
-    }
+    data = data_at_hand(recipe)
+    probes = probed(recipe, data)
     images = images_of(recipe, data)
     steps = planned_steps(recipe, targets, images, probes, profile_seconds=profiled_for, complete=complete)
+    return {
+        "dry_run": True,
+        "command": command,
+        "output": str(output),
+        "recipe": recipe.name,
+        "targets": list(targets),
+        "data": data_facts(data),
+        "steps": steps,
+        **beside_machine(output, totals(steps, probes)),
+        "probe": {"seconds": time.perf_counter() - started, "how": how_probed(probes)},
+    }
+
+
+def data_at_hand(recipe: Recipe) -> ImageData:
+    """The recipe's data; a plan fetches nothing. Raises DataError where it is not there."""
+    return open_data(recipe.data.model_copy(update={"download": False}))
+
+
+def probed(recipe: Recipe, data: ImageData) -> dict[str, ModelProbe]:
+    """The probe of each model, by the stage that brings it in."""
+    models = models_to_probe(recipe)
+    return {stage: probe_model(model, recipe, data, settings) for stage, (model, settings) in models.items()}
+
+
+def data_facts(data: ImageData) -> Json:
+    """The data as a plan names it."""
+    return {"name": data.name, "splits": {name: len(split) for name, split in data.splits.items()}}
+
+
+def how_probed(probes: Mapping[str, ModelProbe]) -> str:
+    """What an estimate rests on, in words."""
+    return f"{len(probes)} model(s), a few batches of up to {max(p.batch_size for p in probes.values())} images"
+
+
+def beside_machine(output: Path, sums: Json) -> Json:
+    """The sums of a plan beside what the machine has, and a warning for each that would not fit."""
     place = next(folder for folder in (output.absolute(), *output.absolute().parents) if folder.is_dir())
     free, available = shutil.disk_usage(place).free, available_memory_bytes()
-    sums = totals(steps, probes)
     warnings = []
     if sums["disk_bytes"] > free:
         warnings.append(f"disk: {sums['disk_bytes'] / 1e9:.1f} GB wanted, {free / 1e9:.1f} GB free at {place}")
@@ -59,21 +91,7 @@ def plan_document(
         warnings.append(
             f"memory: {sums['memory_bytes'] / 1e9:.1f} GB wanted, {available / 1e9:.1f} GB available; lower batch_size"
         )
-    how = f"{len(probes)} model(s), a few batches of up to {max(p.batch_size for p in probes.values())} images"
-    return {
-        "dry_run": True,
-        "command": command,
-        "output": str(output),
-        "recipe": recipe.name,
-        "targets": list(targets),
-        "data": {"name": data.name, "splits": {name: len(split) for name, split in data.splits.items()}},
-        "steps": steps,
-        **sums,
-        "free_disk_bytes": free,
-        "available_memory_bytes": available,
-        "probe": {"seconds": time.perf_counter() - started, "how": how},
-        "warnings": warnings,
-    }
+    return {**sums, "free_disk_bytes": free, "available_memory_bytes": available, "warnings": warnings}
 
 
 @dataclass(frozen=True)
