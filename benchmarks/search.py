@@ -31,12 +31,12 @@ from edgecompress.models.checkpoint import Checkpoint, example_input, load_check
 from edgecompress.models.complexity import count_macs
 from edgecompress.models.model_building import copy_of
 from edgecompress.run_directory import read_json, write_json
-from edgecompress.search.front import Point, hypervolume, pareto_front
-from edgecompress.search.latency_table import LatencyTable
-from edgecompress.search.order import SearchOrder
-from edgecompress.search.search_run import search
-from edgecompress.search.space import Settings, load_space
-from edgecompress.search.trial import Terms, Trial, own_stages
+from edgecompress.searching.front import Point, hypervolume, pareto_front
+from edgecompress.searching.latency_table import LatencyTable
+from edgecompress.searching.order import SearchOrder
+from edgecompress.searching.search_run import search
+from edgecompress.searching.space import Settings, load_space
+from edgecompress.searching.trial import Terms, Trial, own_stages
 from edgecompress.settings.target import own_target
 from edgecompress.steps.apply_run import apply_recipe, start_manifest
 from edgecompress.steps.stage_cache import StageCache

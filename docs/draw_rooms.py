@@ -22,7 +22,7 @@ WIDTH, ROW, GAP, NAME, WRAP = 880, 44, 8, 130, 96
 COLOURS = {  # what kind of work a room does; all with dark text on them
     "#dbe9f6": ("settings", "data", "models", "training"),
     "#e3f1dc": ("exporting", "measure", "pruning", "int8"),
-    "#fbe8d3": ("stages", "reporting", "device", "deploy", "steps", "search"),
+    "#fbe8d3": ("stages", "reporting", "device", "deploy", "steps", "searching"),
     "#ece3f4": (),  # those that see the whole line
 }
 

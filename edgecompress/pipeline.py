@@ -31,8 +31,8 @@ from edgecompress.measure.sweeps import parse_sweeps
 from edgecompress.reporting.comparison import comparison_document
 from edgecompress.reporting.report_page import FORMATS, ReportPaths, write_pages, write_report
 from edgecompress.run_directory import RUNS_ROOT, Json, RunDirectory, new_run_path, open_run, read_json, write_json
-from edgecompress.search.order import SearchOrder
-from edgecompress.search.plan_search import search_plan
+from edgecompress.searching.order import SearchOrder
+from edgecompress.searching.plan_search import search_plan
 from edgecompress.settings.gates import missed_gates
 from edgecompress.settings.recipe import QatStage, Recipe, load_recipe
 from edgecompress.settings.target import Target, load_target, own_target
@@ -338,7 +338,7 @@ def plan(
 
 def search(order: SearchOrder, *, output: Path | None = None, resume: bool = False) -> Json:
     """Search a recipe's settings for what a target runs best; returns the content of search.json, and its folder."""
-    from edgecompress.search.search_run import search as run_search  # Optuna, which no other command has a use for
+    from edgecompress.searching.search_run import search as run_search  # Optuna, which no other command has a use for
 
     if workers.world_size() > 1:
         raise ConfigurationError("search trains in one process; for more, give the same command again with --resume")

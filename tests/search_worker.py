@@ -12,7 +12,7 @@ import sys
 import time
 from pathlib import Path
 
-from edgecompress.search.study import SharedStudy
+from edgecompress.searching.study import SharedStudy
 from edgecompress.settings.search_space import Dimension
 
 DIMENSIONS = (Dimension("ratio", 0.1, 0.9), Dimension("scope", choices=("global", "layer", {"own": 1})))

@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 
 from edgecompress.cli import app
 from edgecompress.int8 import causes
-from edgecompress.search.space import declared_space
+from edgecompress.searching.space import declared_space
 from edgecompress.settings import recipe as recipes
 from edgecompress.settings.configuration import FrozenSettings, validate
 from edgecompress.settings.factorize_settings import FactorizeStage

@@ -12,7 +12,18 @@ from typer.main import get_command
 from conftest import CommandLine
 from edgecompress import pipeline
 from edgecompress.cli import app
-from edgecompress.commands.cli_output import next_command
+from edgecompress.commands.next_steps import (
+    after_bundle,
+    after_comparison,
+    after_diagnosis,
+    after_examination,
+    after_search,
+    after_sensitivity,
+    after_validation,
+    after_verification,
+    next_command,
+)
+from edgecompress.deploy.verify import Verification
 from edgecompress.run_directory import RunDirectory
 from test_schemas import commands
 
@@ -72,3 +83,60 @@ def test_the_next_command(tmp_path: Path) -> None:
     assert after(both, "ship", reports=reports) == f"bundle {place} --target rpi4"
     (run.path / "profile").rmdir()
     assert after(both) == f"profile {place} --target rpi4"
+
+
+def _parses(text: str) -> str:
+    """The command of a hint, which must be one that the command line takes."""
+    words = shlex.split(text.partition("  # ")[0])
+    assert words[0] == "edgecompress"
+    command: Any = get_command(app)
+    place = 1
+    while hasattr(command, "commands"):
+        command, place = command.commands[words[place]], place + 1
+    if words[place:] != ["--help"]:
+        command.make_context(words[1], words[place:])
+    return shlex.join(words[1:])
+
+
+def test_what_follows_the_commands_that_look(tmp_path: Path) -> None:
+    command = "edgecompress run mine.yaml --target mine-target.yaml --set seed=2 --output runs/a --resume"
+    outcome = pipeline.Outcome(RunDirectory(tmp_path / "my run"), {"command": command, "recipe_name": "mine"})
+    again = "run mine.yaml --target mine-target.yaml --set seed=2"
+    proposed: dict[str, Any] = {"channels": {"proposal": {"layer_ratios": {"stem": 0.5}}}}
+    assert _parses(after_sensitivity(outcome, proposed, "both")) == again
+    assert "layer_ratios" in after_sensitivity(outcome, proposed, "channels")
+    assert _parses(after_sensitivity(outcome, proposed, "int8")) == f"debug-int8 '{outcome.run.path}'"
+    assert _parses(after_sensitivity(outcome, {}, "both")) == f"debug-int8 '{outcome.run.path}'"
+    found: dict[str, Any] = {"stage": "int8", "layers": [{"causes": [{}]}], "model": []}
+    assert _parses(after_diagnosis(outcome, found)) == again
+    assert after_diagnosis(outcome, found).endswith("# with a setting from above in stage int8")
+    assert _parses(after_diagnosis(outcome, {"layers": [{"causes": []}]})).startswith("export ")
+    searched = {"command": "edgecompress search a.yaml --trials 2", "recipe_source": "a.yaml", "overrides": ["seed=3"]}
+    trial = pipeline.Outcome(outcome.run, {"targets": ["rpi4"], **searched})
+    assert _parses(after_diagnosis(trial, found)) == "run a.yaml --target rpi4 --set seed=3"
+
+
+def test_what_follows_the_commands_that_ship(tmp_path: Path) -> None:
+    assert _parses(after_validation("recipe", "my recipe.yaml", ())).startswith("run 'my recipe.yaml' --target ")
+    assert _parses(after_validation("recipe", "a.yaml", ["seed"])).startswith("search a.yaml --target ")
+    assert _parses(after_validation("target", "t.yaml", ())) == "run prune_kd --target t.yaml"
+    assert _parses(after_examination(True)).startswith("run prune_kd --target ")
+    assert _parses(after_examination(False)) == "doctor"
+    assert _parses(after_bundle(Path("a b.tar.gz"))) == "verify 'a b.tar.gz'"
+    assert _parses(after_verification(Verification("runs/a", "run", 3)) or "") == "report runs/a --open"
+    assert after_verification(Verification("runs/a", "run", 3, missing=["x"])) is None
+    assert _parses(after_verification(Verification("a", "bundle", 3, changed=["x"])) or "") == "bundle RUN --target T"
+    assert "infer.py --self-test" in (after_verification(Verification("a", "bundle", 3)) or "")
+    assert (after_verification(Verification("a b.tgz", "archive", 3)) or "").startswith("tar xzf 'a b.tgz'")
+    candidates = [{"verdict": "hold", "run": "a", "target": "x86"}, {"verdict": "ship", "run": "b", "target": "rpi4"}]
+    assert _parses(after_comparison({"candidates": candidates})) == "bundle b --target rpi4"
+    assert _parses(after_comparison({"candidates": candidates[:1]})) == "debug-int8 a"
+    searched: dict[str, Any] = {
+        "folder": "s",
+        "target": "x86",
+        "pick": 1,
+        "front": [{"trial": 1, "run": "trials/0001"}],
+    }
+    assert _parses(after_search(searched)) == "bundle s/trials/0001 --target x86"
+    nearest = {**searched, "pick": None, "nearest": [{"run": "trials/0000"}]}
+    assert _parses(after_search(nearest)) == "report s/trials/0000 --open"

@@ -15,7 +15,7 @@ from edgecompress.models.checkpoint import example_input
 from edgecompress.models.complexity import count_macs
 from edgecompress.models.model_building import build
 from edgecompress.run_directory import sha256_of
-from edgecompress.search.latency_table import LatencyTable, layer_shapes
+from edgecompress.searching.latency_table import LatencyTable, layer_shapes
 from edgecompress.settings.target import load_target
 from small_models import small_architecture
 

@@ -7,7 +7,7 @@ import itertools
 import numpy as np
 import pytest
 
-from edgecompress.search.front import (
+from edgecompress.searching.front import (
     EarlyRecord,
     Point,
     hopeless,

@@ -12,12 +12,12 @@ import pytest
 
 from edgecompress.errors import RunError, StageError
 from edgecompress.run_directory import write_json
-from edgecompress.search.front import EarlyRecord
-from edgecompress.search.order import SearchOrder
-from edgecompress.search.plan_search import search_plan
-from edgecompress.search.result_text import lines
-from edgecompress.search.search_run import search
-from edgecompress.search.trial import Trial, TrialStopped
+from edgecompress.searching.front import EarlyRecord
+from edgecompress.searching.order import SearchOrder
+from edgecompress.searching.plan_search import search_plan
+from edgecompress.searching.result_text import lines
+from edgecompress.searching.search_run import search
+from edgecompress.searching.trial import Trial, TrialStopped
 from edgecompress.settings.target import load_target
 
 RECIPE = """

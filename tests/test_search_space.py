@@ -9,7 +9,7 @@ import yaml
 
 from conftest import CommandLine
 from edgecompress.errors import ConfigurationError
-from edgecompress.search.space import SearchSpace, load_space
+from edgecompress.searching.space import SearchSpace, load_space
 from edgecompress.settings.search_space import declared_dimensions
 from edgecompress.shipped import shipped_files
 

@@ -21,7 +21,7 @@ import pytest
 
 import search_worker
 from edgecompress.errors import RunError
-from edgecompress.search.study import SharedStudy, shown_url
+from edgecompress.searching.study import SharedStudy, shown_url
 from edgecompress.settings.search_space import Dimension
 
 TRIALS = 12
@@ -199,7 +199,7 @@ def test_a_worker_without_a_lock_is_taken_for_dead_only_while_one_looks(
     assert attempt is not None
     (study.locks / str(attempt.handle.number)).unlink()  # as where workers share no folder
     clock = [1000.0]
-    monkeypatch.setattr("edgecompress.search.study.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("edgecompress.searching.study.time.monotonic", lambda: clock[0])
     other = study._lock("worker-elsewhere")
     assert study.ask(1) is None
     clock[0] += 6000  # this worker trained, or the whole machine stood still

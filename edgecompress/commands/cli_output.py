@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 import typer
 
 from edgecompress import console
+from edgecompress.commands.next_steps import next_command
 from edgecompress.errors import EXIT_GATE_MISSED, EXIT_OK, EdgeCompressError
 
 if TYPE_CHECKING:
@@ -83,7 +84,7 @@ def reporting_errors(as_json: bool) -> Iterator[None]:
         yield
     except EdgeCompressError as error:
         _fail(str(error), error.exit_code, as_json)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, typer.Abort):  # the second: Ctrl-C, or the end of the input, at a question
         _fail("interrupted", 130, as_json)
 
 
@@ -134,7 +135,7 @@ def print_outcome(outcome: Outcome, *, explain: bool = False) -> None:
     for paths in outcome.reports.values():
         stdout.print(f"report: {paths.html or paths.markdown or paths.json}", markup=False, soft_wrap=True)
     stdout.print(f"run:    {outcome.run.path}", markup=False, soft_wrap=True)
-    stdout.print(f"next:   {next_command(outcome)}", markup=False, soft_wrap=True)
+    print_next(next_command(outcome))
 
 
 def print_plan(document: Json) -> None:
@@ -149,26 +150,10 @@ def print_plan(document: Json) -> None:
         stdout.print(line, markup=False, soft_wrap=True)
 
 
-def next_command(outcome: Outcome) -> str:
-    """What to do with a run now: the step that is still missing, or what its verdict asks for."""
-    run, manifest = shlex.quote(str(outcome.run.path)), outcome.manifest
-    target = shlex.quote(str((manifest.get("targets") or ["x86"])[0]))
-    exported = manifest.get("exports", {})
-    if not exported:
-        return f"edgecompress export {run} --int8"
-    if not any(export.get("int8") for export in exported.values()):
-        return f"edgecompress export {run} --int8  # for int8 too"
-    verdicts = {name: document["verdict"] for name, document in outcome.profiles.items()}
-    if not verdicts and not (outcome.run.path / "profile").is_dir():
-        return f"edgecompress profile {run} --target {target}"
-    if "hold" in verdicts.values():
-        return f"edgecompress debug-int8 {run}"
-    unsure = [name for name, document in outcome.profiles.items() if document["verdict"] == "inconclusive"]
-    if unsure and outcome.profiles[unsure[0]]["measured"]:
-        return f"edgecompress profile {run} --target {shlex.quote(unsure[0])} --thorough"
-    if verdicts and not outcome.reports:
-        return f"edgecompress report {run} --open"
-    return f"edgecompress bundle {run} --target {target}"
+def print_next(command: str | None) -> None:
+    """The last line: what to do now, where a command can do it."""
+    if command is not None:
+        typer.echo(f"next:   {command}")
 
 
 def command_line() -> str:

@@ -11,7 +11,8 @@ from typing import Annotated
 import typer
 
 from edgecompress.commands.cli_options import JsonOption, NameArgument, NoGateOption
-from edgecompress.commands.cli_output import print_json, print_rows, reporting_errors
+from edgecompress.commands.cli_output import print_json, print_next, print_rows, reporting_errors
+from edgecompress.commands.next_steps import after_validation
 
 recipes_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="List, show and validate recipes.")
 targets_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="List, show and validate targets.")
@@ -50,7 +51,7 @@ def _add_settings_commands(group: typer.Typer, folder: str) -> None:
     @group.command("validate", help=f"Check a {kind} and name every fault in it.")
     def validate_command(name: NameArgument, as_json: JsonOption = False, no_gate: NoGateOption = False) -> None:
         with reporting_errors(as_json):
-            from edgecompress.search.space import validated_recipe
+            from edgecompress.searching.space import validated_recipe
             from edgecompress.settings.target import load_target
 
             searched: list[str] = []
@@ -64,6 +65,7 @@ def _add_settings_commands(group: typer.Typer, folder: str) -> None:
             else:
                 text = f", with {len(searched)} fields to search: {', '.join(searched)}" if searched else ""
                 typer.echo(f"{name}: valid {kind} '{settings['name']}'{text}")
+                print_next(after_validation(kind, name, searched))
 
 
 _add_settings_commands(recipes_app, "recipes")
@@ -100,3 +102,4 @@ def detect_command(
             typer.echo(text, nl=False)
         else:
             typer.echo(f"target: {output}")
+            print_next(after_validation("target", str(output), ()))

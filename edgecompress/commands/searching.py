@@ -24,11 +24,12 @@ from edgecompress.commands.cli_options import (
     SetOption,
     TargetOption,
 )
-from edgecompress.commands.cli_output import command_line, conclude, planned_command, print_plan
+from edgecompress.commands.cli_output import command_line, conclude, planned_command, print_next, print_plan
+from edgecompress.commands.next_steps import after_search
 from edgecompress.errors import EXIT_GATE_MISSED, EXIT_OK, ConfigurationError
 
 if TYPE_CHECKING:
-    from edgecompress.search.order import SearchOrder
+    from edgecompress.searching.order import SearchOrder
 
 app = typer.Typer()
 _UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
@@ -87,7 +88,7 @@ def search_command(
                 "--storage takes postgresql://user@host/database; without it the trials lie in a file of the folder"
             )
         _require_space_and_target(recipe, tuple(overrides or ()), target)
-        from edgecompress.search.order import SearchOrder
+        from edgecompress.searching.order import SearchOrder
         from edgecompress.settings.target import load_target
 
         return SearchOrder(
@@ -140,7 +141,7 @@ def seconds_of(text: str | None) -> float | None:
 
 def _require_space_and_target(recipe: str, overrides: tuple[str, ...], target: str) -> None:
     """Name the faults of both files at once, and before torch, which takes seconds to load."""
-    from edgecompress.search.space import load_space
+    from edgecompress.searching.space import load_space
     from edgecompress.settings.target import load_target
 
     faults = []
@@ -154,8 +155,9 @@ def _require_space_and_target(recipe: str, overrides: tuple[str, ...], target: s
 
 
 def _show(document: dict[str, Any]) -> None:
-    from edgecompress.search.result_text import lines
+    from edgecompress.searching.result_text import lines
 
     for line in lines(document):
         typer.echo(line)
     typer.echo(f"search: {document['folder']}")
+    print_next(after_search(document))

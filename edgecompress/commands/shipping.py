@@ -22,7 +22,8 @@ from edgecompress.commands.cli_options import (
     RunsArgument,
     TargetOption,
 )
-from edgecompress.commands.cli_output import conclude, finish
+from edgecompress.commands.cli_output import conclude, finish, print_next
+from edgecompress.commands.next_steps import after_bundle, after_comparison, after_verification
 from edgecompress.errors import EXIT_GATE_MISSED, EXIT_OK, EXIT_STAGE_FAILED
 
 if TYPE_CHECKING:
@@ -108,6 +109,7 @@ def compare(
             stdout.print(f"note: {note}", markup=False, soft_wrap=True)
         stdout.print(comparison_table(facts))
         stdout.print(f"comparison: {next(iter(paths.to_dict().values()))}", markup=False, soft_wrap=True)
+        print_next(after_comparison(facts))
 
     def exit_code(result: tuple[Json, ReportPaths]) -> int:
         held = all(candidate["verdict"] == "hold" for candidate in result[0]["candidates"])
@@ -148,6 +150,7 @@ def bundle(
         lines = [*filter(None, [made.caution]), *(f"self-test {line}" for line in self_test_lines(made.self_test))]
         for line in [*lines, f"bundle:  {made.folder}", f"archive: {made.archive}"]:
             typer.echo(line)
+        print_next(after_bundle(made.archive))
 
     def exit_code(result: tuple[Outcome, Bundle]) -> int:
         return EXIT_GATE_MISSED if result[0].missed and not no_gate else EXIT_OK
@@ -172,6 +175,7 @@ def verify(
     def show(found: Verification) -> None:
         for line in found.lines():
             typer.echo(line)
+        print_next(after_verification(found))
 
     def exit_code(found: Verification) -> int:
         return EXIT_OK if found.ok else EXIT_STAGE_FAILED

@@ -6,6 +6,7 @@ What enters: flags, or answers on a terminal. What leaves: two files that were n
 from __future__ import annotations
 
 import re
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -14,7 +15,7 @@ import typer
 
 from edgecompress import console
 from edgecompress.commands.cli_options import JsonOption, NoGateOption, QuietOption
-from edgecompress.commands.cli_output import conclude
+from edgecompress.commands.cli_output import conclude, print_next
 from edgecompress.commands.completion import complete_targets
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ def init(
         typer.echo(f"recipe: {document['recipe']}")
         if document["target"] is not None:
             typer.echo(f"target: {document['target']}")
-        typer.echo(f"next:   {document['next']}")
+        print_next(document["next"])
 
     conclude(work, show=show, as_json=as_json, quiet=quiet)
 
@@ -95,10 +96,15 @@ def _ask(
     if answers.get("model", model) is not None and checkpoint is None and not pretrained:
         file = typer.prompt("Weights (a file; empty: train from scratch)", "", err=True)
         answers["checkpoint"] = Path(file) if file else None
-    answers["goal"] = typer.prompt("Goal (int8 or prune)", goal, err=True)
-    if answers["goal"] not in ("int8", "prune"):
-        raise ConfigurationError(f"goal: '{answers['goal']}' is neither int8 nor prune")
+    answers["goal"] = typer.prompt("Goal (int8 or prune)", goal, value_proc=_goal, err=True)
     return answers
+
+
+def _goal(answer: str) -> str:
+    """An answer that is no goal is asked for again."""
+    if answer not in ("int8", "prune"):
+        raise typer.BadParameter(f"'{answer}' is neither int8 nor prune")
+    return answer
 
 
 def write_first_files(
@@ -167,7 +173,7 @@ def write_first_files(
     return {
         "recipe": str(recipe_path),
         "target": str(target_path) if target_path is not None else None,
-        "next": f"edgecompress run {recipe_path} --target {target_name}",
+        "next": shlex.join(["edgecompress", "run", str(recipe_path), "--target", target_name]),
         "data": {
             "name": data_settings.name,
             "num_classes": seen.num_classes,

@@ -17,7 +17,8 @@ from edgecompress.commands.cli_options import (
     QuietOption,
     RunArgument,
 )
-from edgecompress.commands.cli_output import conclude
+from edgecompress.commands.cli_output import conclude, print_next
+from edgecompress.commands.next_steps import after_diagnosis, after_examination, after_sensitivity
 from edgecompress.errors import EXIT_GATE_MISSED, EXIT_OK
 
 if TYPE_CHECKING:
@@ -71,6 +72,7 @@ def sensitivity(
             for line in proposal_lines(document["channels"]["proposal"]):
                 stdout.print(line, markup=False, soft_wrap=True)
         stdout.print(f"run:    {outcome.run.path}", markup=False, soft_wrap=True)
+        print_next(after_sensitivity(outcome, document, what))
 
     conclude(work, document=lambda result: result[1], show=show, as_json=as_json, quiet=quiet)
 
@@ -100,6 +102,7 @@ def debug_int8(
         for line in debug_text(document):
             typer.echo(line)
         typer.echo(f"run:    {outcome.run.path}")
+        print_next(after_diagnosis(outcome, document))
 
     conclude(work, document=lambda result: result[1], show=show, as_json=as_json, quiet=quiet)
 
@@ -124,6 +127,7 @@ def doctor(as_json: JsonOption = False, no_gate: NoGateOption = False, quiet: Qu
         from edgecompress.commands.doctor import findings_table
 
         Console(highlight=False, emoji=False).print(findings_table(findings))
+        print_next(after_examination(document(findings)["ok"]))
 
     def exit_code(findings: list[Finding]) -> int:
         return EXIT_OK if document(findings)["ok"] or no_gate else EXIT_GATE_MISSED

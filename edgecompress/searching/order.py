@@ -18,8 +18,8 @@ from edgecompress.data.run_data import ImageData
 from edgecompress.errors import ConfigurationError, RunError
 from edgecompress.measure.profiling import not_at_hand
 from edgecompress.run_directory import Json, RunDirectory, read_json
-from edgecompress.search.space import SearchSpace, Settings
-from edgecompress.search.trial import Minimize
+from edgecompress.searching.space import SearchSpace, Settings
+from edgecompress.searching.trial import Minimize
 from edgecompress.settings.target import Target
 from edgecompress.steps.run_state import recipe_document
 

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edgecompress.run_directory import Json, RunDirectory
-from edgecompress.search.front import Point, nearest, pareto_front, pick, rank_correlation
-from edgecompress.search.study import TrialRecord
-from edgecompress.search.trial import Minimize, missed_limits
+from edgecompress.searching.front import Point, nearest, pareto_front, pick, rank_correlation
+from edgecompress.searching.study import TrialRecord
+from edgecompress.searching.trial import Minimize, missed_limits
 from edgecompress.settings.target import Target
 
 

@@ -29,9 +29,9 @@ from edgecompress.models.checkpoint import Checkpoint, example_input, rebuild
 from edgecompress.models.model_building import copy_of
 from edgecompress.reporting.report_page import write_report
 from edgecompress.run_directory import Json, RunDirectory, read_json
-from edgecompress.search.front import EarlyRecord
-from edgecompress.search.latency_table import LatencyTable, layer_shapes
-from edgecompress.search.space import SearchSpace
+from edgecompress.searching.front import EarlyRecord
+from edgecompress.searching.latency_table import LatencyTable, layer_shapes
+from edgecompress.searching.space import SearchSpace
 from edgecompress.settings.factorize_settings import FactorizeStage
 from edgecompress.settings.prune_settings import PruneStage
 from edgecompress.settings.recipe import DistillStage, QuantizeStage, Recipe, TrainStage

@@ -16,9 +16,16 @@ from edgecompress.measure.measuring import STANDARD, THOROUGHNESS
 from edgecompress.measure.profiling import not_at_hand
 from edgecompress.reporting.plan_text import duration_text
 from edgecompress.run_directory import Json
-from edgecompress.search.order import SPREAD, SearchOrder, earlier_search, require_measurable, search_key, warm_points
-from edgecompress.search.space import SearchSpace, load_space
-from edgecompress.search.trial import own_stages
+from edgecompress.searching.order import (
+    SPREAD,
+    SearchOrder,
+    earlier_search,
+    require_measurable,
+    search_key,
+    warm_points,
+)
+from edgecompress.searching.space import SearchSpace, load_space
+from edgecompress.searching.trial import own_stages
 from edgecompress.settings.recipe import Recipe
 from edgecompress.steps.plan_run import (
     Images,

@@ -16,9 +16,9 @@ from edgecompress import console
 from edgecompress.data.run_data import open_data
 from edgecompress.errors import ConfigurationError, DataError, RunError, StageError
 from edgecompress.run_directory import Json, write_json, write_text
-from edgecompress.search.front import EarlyRecord, hopeless
-from edgecompress.search.latency_table import LatencyTable
-from edgecompress.search.order import (
+from edgecompress.searching.front import EarlyRecord, hopeless
+from edgecompress.searching.latency_table import LatencyTable
+from edgecompress.searching.order import (
     DOCUMENT,
     SPREAD,
     SearchOrder,
@@ -27,11 +27,11 @@ from edgecompress.search.order import (
     search_key,
     warm_points,
 )
-from edgecompress.search.result import SearchTerms, found
-from edgecompress.search.result_text import markdown
-from edgecompress.search.space import load_space
-from edgecompress.search.study import FILE, Attempt, SharedStudy, TrialRecord, shown_url
-from edgecompress.search.trial import Terms, Trial, TrialStopped, measure_again
+from edgecompress.searching.result import SearchTerms, found
+from edgecompress.searching.result_text import markdown
+from edgecompress.searching.space import load_space
+from edgecompress.searching.study import FILE, Attempt, SharedStudy, TrialRecord, shown_url
+from edgecompress.searching.trial import Terms, Trial, TrialStopped, measure_again
 from edgecompress.steps.stage_cache import StageCache
 
 _FAILURES = 3  # in a row, before anything is complete: then something is wrong with all of them
