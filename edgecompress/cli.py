@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from edgecompress.commands import making, measuring_commands, searching, shipping, starting, studying
+from edgecompress.commands import making, measuring_commands, searching, shipping, starting, studying, trusting
 from edgecompress.commands.cli_output import print_json
 from edgecompress.commands.cli_runs import runs_app
 from edgecompress.commands.cli_schemas import schema_app
@@ -46,7 +46,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-_ROOMS = (starting.app, making.app, measuring_commands.app, searching.app, shipping.app, studying.app)
+_ROOMS = (starting.app, making.app, measuring_commands.app, searching.app, shipping.app, studying.app, trusting.app)
 _GROUPS = {"recipes": recipes_app, "targets": targets_app, "runs": runs_app, "schema": schema_app}
 for commands in _ROOMS:
     app.add_typer(commands)

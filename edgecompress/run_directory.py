@@ -12,6 +12,7 @@ import json
 import math
 import os
 import tempfile
+import threading
 import tokenize
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -57,10 +58,21 @@ def atomic_path(path: Path) -> Iterator[Path]:
         yield temporary
         with temporary.open("rb") as stream:
             os.fsync(stream.fileno())
-        temporary.chmod(0o644)
+        temporary.chmod(0o666 & ~_umask())  # mkstemp's files are the owner's alone until they are complete
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+_umask_lock = threading.Lock()
+
+
+def _umask() -> int:
+    """What the user's files may not be to others; it can only be read by setting it."""
+    with _umask_lock:
+        current = os.umask(0o077)
+        os.umask(current)
+    return current
 
 
 def write_text(path: Path, text: str) -> None:

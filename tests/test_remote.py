@@ -7,6 +7,7 @@ import fcntl
 import getpass
 import json
 import os
+import shlex
 import shutil
 import socket
 import subprocess
@@ -328,11 +329,32 @@ def test_hosts_that_ssh_would_misread_are_refused(command_line: CommandLine, tmp
     assert not (tmp_path / "mark").exists()
 
 
-def test_no_shell_reads_the_host(bundle: tuple[Path, Json], tmp_path: Path) -> None:
-    mark = tmp_path / "mark"
-    with pytest.raises(ProfileError, match="no connection"):
-        measure(Host(f"localhost;touch${{IFS}}{mark}"), bundle, tmp_path)
-    assert not mark.exists()
+@pytest.mark.parametrize(
+    "name",
+    ["localhost;touch${IFS}mark", "$(touch${IFS}mark)", "a`b`", "u'x@h", 'h"', "me@-oProxyCommand=x", "a|b", "a&b"],
+)
+def test_hosts_that_a_shell_would_misread_are_refused(name: str) -> None:
+    with pytest.raises(ConfigurationError, match="--host"):
+        Host(name)
+
+
+@pytest.mark.parametrize("name", ["pi", "user@device.local", "ssh://me@device:2222", "fe80::1%eth0", "DOM+me@10.0.0.7"])
+def test_hosts_that_people_have_are_taken(name: str) -> None:
+    command = Host(name).command()
+    assert command[command.index("--") + 1] == name
+
+
+def test_the_devices_shell_reads_one_command_whatever_its_python_is_called() -> None:
+    command = Host("device", python="/opt/$(touch${IFS}mark)'x/python3").command()[-1]
+    assert shlex.split(command)[:2] == ["exec", "/opt/$(touch${IFS}mark)'x/python3"]
+
+
+@pytest.mark.parametrize(
+    "rows", [None, {}, [1], [{"model": "fp32"}], [{"model": "fp32", "passed": True, "problems": [1]}]]
+)
+def test_a_self_test_that_is_none_is_not_believed(rows: object) -> None:
+    with pytest.raises(ValueError, match="self-test"):
+        remote._require_rows(rows)
 
 
 # ---- results that a device wrote by itself

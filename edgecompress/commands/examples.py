@@ -19,6 +19,7 @@ _EXAMPLES = {
     "debug-int8": "debug-int8 runs/mine --worst 3",
     "search": "search prune_kd --target x86 --max-accuracy-drop 0.01 --output runs/search",
     "doctor": "doctor",
+    "trust": "trust nets.py:build",
     "recipes list": "recipes list",
     "recipes show": "recipes show prune_kd > mine.yaml",
     "recipes validate": "recipes validate mine.yaml",

@@ -13,6 +13,7 @@ import errno
 import hashlib
 import json
 import queue
+import re
 import shlex
 import subprocess
 import threading
@@ -63,6 +64,11 @@ class Host:
         for value, what in ((self.name, "--host"), (self.python, "the device's Python"), (self.work_folder, "folder")):
             if not value or value.startswith("-") or not value.isprintable() or any(c.isspace() for c in value):
                 raise ConfigurationError(f"{what} '{value}': must be one word that does not begin with a dash")
+        # ssh puts the name into commands of its configuration (ProxyCommand %h), which a shell reads.
+        if not re.fullmatch(r"(ssh://)?[\w.@:%+=,\[\]/-]+", self.name):
+            raise ConfigurationError(f"--host '{self.name}': holds characters that no host name has; give user@device")
+        if any(part.startswith("-") for part in self.name.removeprefix("ssh://").split("@")):
+            raise ConfigurationError(f"--host '{self.name}': neither user nor host may begin with a dash")
         try:
             words = shlex.split(self.ssh)
         except ValueError as error:
@@ -212,9 +218,28 @@ def measure_on(
             )
         how = ["--seconds", str(seconds), "--thoroughness", thoroughness]
         answers = _Kept(kept, host, hello, manifest, how)
-        return _measure(connection, host, bundle, target, how, answers)
+        found = _measure(connection, host, bundle, target, how, answers)
+        _require_rows(found.self_test)
+        return found
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise ProfileError(
+            f"{host.name}: answered what this edgecompress does not understand ({error!r}); nothing of it is used"
+        ) from error
     finally:
         connection.close()
+
+
+def _require_rows(rows: object) -> None:
+    """Raises ValueError where what came back as the self-test is none."""
+    if not isinstance(rows, list) or not all(
+        isinstance(row, dict)
+        and isinstance(row.get("model"), str)
+        and isinstance(row.get("passed"), bool)
+        and isinstance(row.get("problems"), list)
+        and all(isinstance(problem, str) for problem in row["problems"])
+        for row in rows
+    ):
+        raise ValueError("the self-test's rows")
 
 
 def _greet(connection: _Connection, host: Host) -> Json:

@@ -21,6 +21,7 @@ from edgecompress.errors import ModelError, PruningError, RunError
 from edgecompress.models.model_building import Architecture, build
 from edgecompress.models.model_history import History, history_from_json, history_to_json, replay
 from edgecompress.run_directory import atomic_path, read_json, write_text
+from edgecompress.settings.named_code import require_named
 
 FORMAT_VERSION = 2
 _READABLE = (1, FORMAT_VERSION)  # version 1 knew only cuts of channels
@@ -70,6 +71,7 @@ def rebuild(folder: Path) -> tuple[Checkpoint, dict[str, Any]]:
         if description["format_version"] not in _READABLE:
             raise RunError(f"{folder}: format_version {description['format_version']} is newer than {FORMAT_VERSION}")
         architecture = Architecture.from_dict(description["architecture"])
+        require_named(architecture.name, where=folder / "model.json")
         history = history_from_json(description["history"])
     except (KeyError, TypeError, ValueError, OverflowError, ModelError) as error:
         raise RunError(f"{folder / 'model.json'}: not a model description: {error!r}") from error

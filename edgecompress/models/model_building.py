@@ -43,22 +43,14 @@ __all__ = [
     "resolve_architecture",
 ]
 
-# Set by this package, or a way to other weights than the settings name.
-_RESERVED_ARGUMENTS = frozenset(
+# Ways to other weights than the settings name; and what this package sets itself.
+_OTHER_WEIGHTS = frozenset(
     {
-        "cache_dir",
-        "checkpoint_path",
-        "in_channels",
-        "input_size",
-        "num_classes",
-        "pretrained",
-        "pretrained_cfg",
-        "pretrained_cfg_overlay",
-        "pretrained_strict",
-        "progress",
-        "weights",
+        *("cache_dir", "checkpoint_path", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay"),
+        *("pretrained_strict", "progress", "weights", "weights_backbone"),
     }
 )
+_RESERVED_ARGUMENTS = _OTHER_WEIGHTS | {"in_channels", "input_size", "num_classes"}
 # Both train with auxiliary heads by default, which return a tuple, and warn when init_weights is not said. Their
 # published weights expect inputs shifted from ImageNet's mean and std, as torchvision sets it beside the weights.
 _TORCHVISION_ARGUMENTS: dict[str, dict[str, Any]] = {
@@ -209,6 +201,9 @@ def _user_defaults(name: str, arguments: dict[str, Any], classes: int) -> dict[s
 def _build(architecture: Architecture, *, pretrained: bool) -> tuple[nn.Module, list[str]]:
     name, classes = architecture.name, architecture.num_classes
     check_name(name)
+    # Asked of model.json too, which may come from somebody else: timm would load a file of any kind, or fetch one.
+    if not is_user_code(name) and (leading := sorted(_OTHER_WEIGHTS & architecture.arguments.keys())):
+        raise ModelError(f"model.arguments: {', '.join(leading)} cannot be given, since it leads to other weights")
     if pretrained and not name.startswith((TIMM, TORCHVISION)):
         raise ModelError(f"model.pretrained: {name} has no published weights; give model.checkpoint, or train it")
     if is_user_code(name):

@@ -18,12 +18,10 @@ from types import ModuleType
 from typing import Any
 
 from edgecompress.errors import InputError, ModelError
+from edgecompress.settings.named_code import is_user_code, remember
 from edgecompress.settings.spelling import did_you_mean
 
-
-def is_user_code(name: str) -> bool:
-    """Whether a name from the recipe points into a Python file."""
-    return ".py:" in name or name.endswith(".py")
+__all__ = ["call_function", "is_user_code", "load_function"]
 
 
 def load_function(reference: str, *, fault: type[InputError] = ModelError) -> Callable[..., Any]:
@@ -45,6 +43,8 @@ def load_function(reference: str, *, fault: type[InputError] = ModelError) -> Ca
         raise fault(f"{path}: has no function '{function_name}'{did_you_mean(function_name, functions)}")
     if not callable(function):
         raise fault(f"{path}: '{function_name}' is a {type(function).__name__}; expected a function")
+    # Whoever comes here was asked by the user: what a run directory names has been checked before (named_code).
+    remember(reference)
     return function  # type: ignore[no-any-return]
 
 

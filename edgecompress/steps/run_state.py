@@ -20,6 +20,7 @@ from edgecompress.models.checkpoint import Checkpoint, load_checkpoint
 from edgecompress.models.complexity import compressed_size_bytes, measure_complexity
 from edgecompress.run_directory import Json, RunDirectory, atomic_path, read_array
 from edgecompress.settings.configuration import apply_overrides, validate
+from edgecompress.settings.named_code import require_all_named
 from edgecompress.settings.recipe import INITIAL_ID, QuantizeStage, Recipe
 from edgecompress.training.confidence import calibration_of
 from edgecompress.training.evaluate import accuracy, wilson_interval
@@ -29,7 +30,11 @@ INITIAL = INITIAL_ID
 
 
 def recipe_of(manifest: Json, overrides: tuple[str, ...] = ()) -> Recipe:
-    """The recipe that a run was made with, with overrides on top. Raises ConfigurationError."""
+    """The recipe that a run was made with, with overrides on top.
+
+    Raises ConfigurationError, and RunError where run.json names code that the user has not.
+    """
+    require_all_named(manifest["recipe"], where="run.json: recipe")
     return validate(Recipe, apply_overrides(manifest["recipe"], overrides), source="run.json: recipe")
 
 
