@@ -68,8 +68,8 @@ def test_nothing_in_the_package_runs_what_it_reads() -> None:
         "settings/yaml_files.py": ["yaml.load"],  # its loader is a subclass of the safe one
         "settings/user_code.py": ["exec_module"],  # the user's own file, named in a recipe or by `trust`
         "models/weights.py": ["import pickle"],  # for the name of the error that says a pickle was refused
-        "search/study.py": ["import socket"],  # this machine's name, which tells workers apart
-        "search/trial.py": ["import socket"],
+        "searching/study.py": ["import socket"],  # this machine's name, which tells workers apart
+        "searching/trial.py": ["import socket"],
     }
     found = {path.relative_to(PACKAGE).as_posix(): _dangers(path.read_text("utf-8")) for path in PACKAGE.rglob("*.py")}
     unknown = {name: [one for one in dangers if one not in allowed.get(name, [])] for name, dangers in found.items()}
