@@ -1,16 +1,30 @@
 """Turn a trained PyTorch image classifier into a small, fast artifact for an edge device, with proof.
 
-The functions of the Python API stand in edgecompress/api.py, their results in edgecompress/results.py; docs/python.md
-shows them. They are looked up when they are asked for, so that `import edgecompress` costs nothing.
+The functions of the Python API stand in edgecompress/api.py, their results in edgecompress/results.py and findings.py;
+docs/python.md shows them. They are looked up when they are asked for, so that `import edgecompress` costs nothing.
 """
 
 from __future__ import annotations
 
 TYPE_CHECKING = False  # what typing's is, without the import
 if TYPE_CHECKING:
-    from edgecompress.api import apply, bundle, compare, export, open_run, profile, report, run, verify
+    from edgecompress.api import (
+        apply,
+        bundle,
+        compare,
+        debug_int8,
+        export,
+        open_run,
+        profile,
+        report,
+        run,
+        search,
+        sensitivity,
+        verify,
+    )
     from edgecompress.deploy.verify import Verification
     from edgecompress.errors import EdgeCompressError
+    from edgecompress.findings import Int8Diagnosis, SearchResult, Sensitivity
     from edgecompress.results import (
         BundleResult,
         Comparison,
@@ -29,26 +43,33 @@ __all__ = [
     "Comparison",
     "EdgeCompressError",
     "Estimate",
+    "Int8Diagnosis",
     "MeasuredModel",
     "Parity",
     "Profile",
     "RunResult",
+    "SearchResult",
+    "Sensitivity",
     "StageResult",
     "Verification",
     "__version__",
     "apply",
     "bundle",
     "compare",
+    "debug_int8",
     "export",
     "open_run",
     "profile",
     "report",
     "run",
+    "search",
+    "sensitivity",
     "verify",
 ]
 
 _HOMES = {"EdgeCompressError": "errors", "Verification": "deploy.verify"}
 _RESULTS = {"BundleResult", "Comparison", "Estimate", "MeasuredModel", "Parity", "Profile", "RunResult", "StageResult"}
+_FINDINGS = {"Int8Diagnosis", "SearchResult", "Sensitivity"}
 
 if not TYPE_CHECKING:  # type checkers see the names above, and refuse others
 
@@ -62,7 +83,7 @@ if not TYPE_CHECKING:  # type checkers see the names above, and refuse others
 
         from edgecompress.console import library_logs_silenced
 
-        home = "results" if name in _RESULTS else _HOMES.get(name, "api")
+        home = "results" if name in _RESULTS else "findings" if name in _FINDINGS else _HOMES.get(name, "api")
         with library_logs_silenced():
             value = globals()[name] = getattr(import_module(f"{__name__}.{home}"), name)
         return value

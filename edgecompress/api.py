@@ -1,8 +1,8 @@
 """The commands as functions for Python: settings in, typed results out, errors of one tree, quiet unless asked.
 
-What enters: what the command line would take, as Python values. What leaves: `RunResult`, `BundleResult` and
-`Verification`, or an `EdgeCompressError`. Nothing here ends the process or prints to stdout. Each function does what
-the command of its name does, by the same code.
+What enters: what the command line would take, as Python values. What leaves: typed results (results.py,
+findings.py), or an `EdgeCompressError`. Nothing here ends the process or prints to stdout. Each function does what the
+command of its name does, by the same code.
 """
 
 from __future__ import annotations
@@ -20,10 +20,21 @@ from edgecompress.deploy.remote import Host
 from edgecompress.deploy.verify import Verification
 from edgecompress.deploy.verify import verify as check
 from edgecompress.errors import ConfigurationError
+from edgecompress.findings import (
+    Int8Diagnosis,
+    SearchResult,
+    Sensitivity,
+    diagnosis_result,
+    search_result,
+    sensitivity_result,
+)
 from edgecompress.pipeline import Outcome
 from edgecompress.results import BundleResult, Comparison, ReportFiles, RunResult, comparison_result, read_result
 from edgecompress.run_directory import open_run as find_run
+from edgecompress.searching.order import SearchOrder
 from edgecompress.settings.target import load_target
+from edgecompress.steps.debug_run import FILE as DEBUG_FILE
+from edgecompress.steps.sensitivity_run import FILE as SENSITIVITY_FILE
 
 Name = str | os.PathLike[str]
 Run = RunResult | Name
@@ -220,6 +231,94 @@ def verify(path: Run | BundleResult, *, progress: bool = False) -> Verification:
         return check(Path(place))
 
 
+def search(
+    recipe: Name,
+    *,
+    target: Name,
+    max_accuracy_drop: float,
+    minimize: Literal["latency", "size", "memory"] = "latency",
+    trials: int | None = None,
+    seconds: float | None = None,
+    settings: Mapping[str, object] | None = None,
+    output: Name | None = None,
+    resume: bool = False,
+    storage: str | None = None,
+    cache: Name | None = None,
+    warm_start: Sequence[Name] = (),
+    progress: bool = False,
+) -> SearchResult:
+    """Try a recipe's settings on a target; `result.pick` is the run to ship, of those that lose no more than allowed.
+
+    `max_accuracy_drop` is a fraction of val: 0.01 is one point. `trials` and `seconds` are limits, of which the first
+    one reached ends the search; without both there are 20 trials. A field of `settings` may be
+    `{"search": [0.2, 0.7]}`. `output` is the search's folder, left out a new one under `runs/`; with `resume` a search
+    there goes on. The rest is as on the command line.
+    """
+    overrides = _overrides(settings)
+    words = ["--target", os.fspath(target), "--max-accuracy-drop", f"{max_accuracy_drop:g}", "--minimize", minimize]
+    words += [] if trials is None else ["--trials", str(trials)]
+    words += [] if seconds is None else ["--time", f"{seconds:g}s"]
+    with _call(progress):
+        order = SearchOrder(
+            source=os.fspath(recipe),
+            overrides=tuple(overrides),
+            target=load_target(os.fspath(target)),
+            max_accuracy_drop=max_accuracy_drop,
+            minimize=minimize,
+            trials=trials,
+            seconds=seconds,
+            storage=storage,
+            cache=_path(cache),
+            warm_starts=tuple(Path(place) for place in warm_start),
+            command=_command("search", recipe, words, overrides, output),
+        )
+        document = pipeline.search(order, output=_path(output), resume=resume)
+    return search_result(Path(document["folder"]), document)
+
+
+def sensitivity(
+    run: Run | None = None,
+    *,
+    what: Literal["int8", "channels", "both"] = "both",
+    target: Name | None = None,
+    images: int | None = None,
+    macs_ratio: float = 0.5,
+    latency: bool = True,
+    progress: bool = False,
+) -> Sensitivity:
+    """Measure what int8 costs in each layer of a run, and what each group of channels is worth.
+
+    `images` are of val, left out 32 for int8 and 256 for channels. `macs_ratio` is the share of the MACs that the
+    proposed `layer_ratios` remove. `latency` also times each group cut by half, where the target is at hand.
+    """
+    if what not in ("int8", "channels", "both"):
+        raise ConfigurationError(f"what: {what!r} is unknown; give 'int8', 'channels' or 'both'")
+    _require_positive("images", images)
+    if not 0 < macs_ratio < 1:
+        raise ConfigurationError(f"macs_ratio: {macs_ratio:g} is no fraction between 0 and 1")
+    with _call(progress):
+        outcome, _ = pipeline.sensitivity(
+            _run_path(run), what=what, target=_name(target), images=images, macs_ratio=macs_ratio, timed=latency
+        )
+    return sensitivity_result(outcome.run.stage(outcome.int8_stage) / SENSITIVITY_FILE)
+
+
+def debug_int8(
+    run: Run | None = None,
+    *,
+    target: Name | None = None,
+    images: int = 32,
+    worst: int = 5,
+    progress: bool = False,
+) -> Int8Diagnosis:
+    """Name the `worst` layers that lose most by int8, why, and the setting that mends each; on `images` of val."""
+    _require_positive("images", images)
+    _require_positive("worst", worst)
+    with _call(progress):
+        outcome, _ = pipeline.debug_int8(_run_path(run), target=_name(target), images=images, worst=worst)
+    return diagnosis_result(outcome.run.stage(outcome.int8_stage) / DEBUG_FILE)
+
+
 def open_run(run: Name | None = None) -> RunResult:
     """The results of a run that is there; left out, the newest under `runs/`. Nothing is done."""
     return read_result(find_run(_path(run)))
@@ -260,6 +359,11 @@ def _known(thoroughness: str) -> str:
     if thoroughness not in ("quick", "standard", "thorough"):
         raise ConfigurationError(f"thoroughness: {thoroughness!r} is unknown; give 'quick', 'standard' or 'thorough'")
     return thoroughness
+
+
+def _require_positive(name: str, value: int | None) -> None:
+    if value is not None and value < 1:
+        raise ConfigurationError(f"{name}: {value} is too few; give 1 or more")
 
 
 def _run_path(run: Run | None) -> Path | None:

@@ -65,6 +65,11 @@ class Outcome:
     reports: dict[str, ReportPaths] = field(default_factory=dict)
 
     @property
+    def int8_stage(self) -> str:
+        """The id of the run's quantize stage, in whose folder lies what was found about its layers."""
+        return str(recipe_of(self.manifest).quantize_stage.id)
+
+    @property
     def is_first_process(self) -> bool:
         """Whether this process made the run. One that was launched beside it only trained along, and has none."""
         return workers.rank() == 0

@@ -24,7 +24,10 @@ from report_runs import PROFILE, make_run
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLE = ROOT / "docs" / "examples" / "nightly.py"
-COMMANDS = ("apply", "bundle", "compare", "export", "profile", "report", "run", "verify")
+COMMANDS = (
+    *("apply", "bundle", "compare", "debug_int8", "export", "profile", "report", "run", "search", "sensitivity"),
+    "verify",
+)
 
 
 def python(*arguments: str | Path, folder: Path) -> subprocess.CompletedProcess[str]:
@@ -96,6 +99,14 @@ def test_settings_reach_the_recipe() -> None:
         (lambda: edgecompress.run("prune_kd", target="x86", thoroughness="slow"), "thoroughness"),  # type: ignore[arg-type]
         (lambda: edgecompress.export("not-there"), "not a run directory"),
         (lambda: edgecompress.verify("not-there"), "no such file or folder"),
+        (lambda: edgecompress.sensitivity("not-there"), "not a run directory"),
+        (lambda: edgecompress.sensitivity("r", what="weights"), "what: 'weights' is unknown"),  # type: ignore[arg-type]
+        (lambda: edgecompress.sensitivity("r", macs_ratio=50), "macs_ratio: 50 is no fraction"),
+        (lambda: edgecompress.debug_int8("r", worst=0), "worst: 0 is too few"),
+        (lambda: edgecompress.debug_int8("not-there"), "not a run directory"),
+        (lambda: edgecompress.search("prune_kd", target="x86", max_accuracy_drop=5), "did you mean 0.05"),
+        (lambda: edgecompress.search("int8", target="x86", max_accuracy_drop=0), "did you mean 'int8_ptq'"),
+        (lambda: edgecompress.search("qat", target="x86", max_accuracy_drop=0, trials=0), "--trials 0"),
         (lambda: edgecompress.profile("r", target="x86", host="a", results="b"), "host and results"),
     ],
 )
@@ -154,6 +165,51 @@ def test_a_damaged_run_is_refused(tmp_path: Path) -> None:
     write_json(run.path / "profile" / "x86.json", {"target": "x86"})
     with pytest.raises(RunError, match="damaged"):
         edgecompress.open_run(run.path)
+
+
+TINY: dict[str, object] = {
+    "model": {"name": "student_cnn", "arguments": {"width": 8}},
+    "data.max_train_samples": 128,
+    "stages.dense": {"id": "dense", "kind": "train", "epochs": 1, "warmup_epochs": 0},
+    "stages.pruned": {
+        "id": "pruned",
+        "kind": "prune",
+        "channel_ratio": {"search": [0.2, 0.7]},
+        "epochs": 1,
+        "warmup_epochs": 0,
+    },
+    "stages.int8": {"id": "int8", "kind": "quantize", "effort": "fast", "calibration": {"samples": 32}},
+}
+
+
+@pytest.mark.slow
+def test_a_search_and_what_looks_at_its_pick(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    how: dict[str, Any] = {"target": "rpi4", "max_accuracy_drop": 1.0, "settings": TINY, "output": tmp_path / "found"}
+    found = edgecompress.search("prune_kd", trials=1, **how)
+    assert found.document["trials"] == read_json(tmp_path / "found" / "search.json")["trials"]
+    assert found.document["command"].startswith("edgecompress search prune_kd --target rpi4 --max-accuracy-drop 1")
+    assert (found.status, len(found.front), found.path) == ("complete", 1, tmp_path / "found")
+    assert found.pick == found.front[0]
+    assert found.pick.accuracy.low < found.pick.accuracy.value < found.pick.accuracy.high
+    assert (found.pick.latency_ms, found.pick.settings.keys()) == (None, {"stages.pruned.channel_ratio"})
+    assert edgecompress.search("prune_kd", trials=1, resume=True, **how).front == found.front
+
+    run = edgecompress.open_run(found.pick.run)
+    measured = edgecompress.sensitivity(run, images=16, latency=False)
+    assert measured.path == run.stage("int8").path / "sensitivity.json"
+    assert measured.document == read_json(measured.path)
+    assert [layer.name for layer in measured.layers] == measured.document["worst_first"]
+    assert measured.layers[0].alone_sqnr_db <= measured.layers[-1].alone_sqnr_db  # type: ignore[operator]
+    assert measured.layer_ratios == measured.document["channels"]["proposal"]["layer_ratios"]
+    why = edgecompress.debug_int8(run, images=16, worst=2)
+    assert why.document == read_json(why.path)
+    assert [layer.name for layer in why.layers] == [layer.name for layer in measured.layers[:2]]
+    assert (why.sqnr_db, why.agreement) == (measured.sqnr_db, measured.agreement)
+    kinds = {cause.kind for layer in why.layers for cause in layer.causes}
+    assert kinds == {cause["kind"] for layer in why.document["layers"] for cause in layer["causes"]}
+    shown = capfd.readouterr()
+    assert shown.out == ""
+    assert all(line.startswith("warning: ") for line in shown.err.splitlines()), shown.err
 
 
 @pytest.mark.slow

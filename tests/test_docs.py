@@ -257,8 +257,10 @@ def test_the_code_of_the_python_page_runs(tmp_path: Path) -> None:
     script = tmp_path / "page.py"
     script.write_text("\n".join(blocks(page("python.md"), "python")), encoding="utf-8")
     answer = run_python(script, folder=tmp_path)
-    assert (answer.returncode, answer.stderr) == (0, ""), answer
-    assert answer.stdout.splitlines()[-1].startswith("True runs/steps/bundle")
+    assert answer.returncode == 0, answer
+    assert [line for line in answer.stderr.splitlines() if "nothing is timed" not in line] == []
+    assert "\nTrue runs/steps/bundle" in answer.stdout
+    assert answer.stdout.splitlines()[-1].startswith(("Trial ", "None of the "))
 
 
 @pytest.mark.slow

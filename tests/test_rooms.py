@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "edgecompress"
 FOUNDATION = ("errors", "console", "machine", "run_directory", "shipped")
 ORDER = (
     *("settings", "data", "models", "training", "exporting", "measure", "pruning", "int8", "stages", "reporting"),
-    *("device", "deploy", "steps", "searching", "pipeline", "results", "api", "commands", "cli"),
+    *("device", "deploy", "steps", "searching", "pipeline", "results", "findings", "api", "commands", "cli"),
 )
 ROOMS = ("foundation", *ORDER)
 

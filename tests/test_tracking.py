@@ -51,6 +51,73 @@ def test_epochs_and_results(tmp_path: Path) -> None:
     assert "stages.dense.epochs: 2" in settings.read_text()
 
 
+class Rising:
+    """Takes what Weights & Biases takes: without a step, one call after the other; with one, never a lower one."""
+
+    name = "wandb"
+
+    def __init__(self) -> None:
+        self.tracker, self.axes, self.rows = self, {}, []
+
+    def define_metric(self, name: str, step_metric: str | None = None) -> None:
+        self.axes[name] = step_metric
+
+    def log(self, values: dict[str, float], step: int | None) -> None:
+        assert step is None or step >= len(self.rows)
+        self.rows.append(values)
+
+
+def test_each_stage_has_an_axis_of_its_own_where_steps_must_rise() -> None:
+    rising = Rising()
+    tracking = Tracking([rising])
+    for stage, epoch in (("dense", 1), ("dense", 2), ("pruned", 1)):
+        tracking.watch(stage, record(epoch, 0.5), None)
+    tracking.results({"stages": [{"id": "pruned", "accuracy": 0.75}]}, {})
+    assert rising.axes == {
+        **{"dense/epoch": None, "dense/*": "dense/epoch"},
+        **{"pruned/epoch": None, "pruned/*": "pruned/epoch"},
+    }
+    assert [row.get("dense/epoch", row.get("pruned/epoch")) for row in rising.rows] == [1, 2, 1, None]
+    assert rising.rows[-1] == {"result/pruned/accuracy": 0.75}
+
+
+def test_mlflow_reads_back_what_was_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mlflow = pytest.importorskip("mlflow")
+    monkeypatch.chdir(tmp_path)
+    mlflow.set_tracking_uri(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    told(tmp_path / "mine", "mlflow")
+    (found,) = mlflow.search_runs(experiment_names=["edgecompress"], output_format="list")
+    assert (found.info.run_name, found.info.status) == ("mine", "FINISHED")
+    assert found.data.params["stages.dense.epochs"] == "2"
+    assert found.data.metrics["result/pruned/accuracy"] == 0.75
+    history = mlflow.MlflowClient().get_metric_history(found.info.run_id, "pruned/loss")
+    assert [(row.step, row.value) for row in history] == [(1, 0.5)]
+
+
+def test_wandb_keeps_every_epoch_offline(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("wandb")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    told(tmp_path / "mine", "wandb")
+    (file,) = tmp_path.rglob("run-*.wandb")
+    content = file.read_bytes()
+    assert [name for name in (b"dense/loss", b"pruned/loss", b"result/pruned/accuracy") if name not in content] == []
+    said = capfd.readouterr().err
+    assert "Tried to log to step" not in said, said
+    assert "pruned/loss" in said
+
+
+def told(run: Path, name: str) -> None:
+    """Two stages and a result, told to a tracker of that name."""
+    with tracked([name], run, RECIPE) as tracking:
+        assert tracking is not None
+        for stage, loss in (("dense", 0.9), ("dense", 0.7), ("pruned", 0.5)):
+            tracking.watch(stage, record(1, loss), None)
+        tracking.results({"stages": [{"id": "pruned", "accuracy": 0.75}]}, {})
+
+
 def test_no_tracker_is_none(tmp_path: Path) -> None:
     with tracked([], tmp_path / "run", RECIPE) as tracking:
         assert tracking is None

@@ -27,13 +27,13 @@ from edgecompress.commands.cli_options import (
 from edgecompress.commands.cli_output import command_line, conclude, planned_command, print_next, print_plan
 from edgecompress.commands.next_steps import after_search
 from edgecompress.errors import EXIT_GATE_MISSED, EXIT_OK, ConfigurationError
+from edgecompress.searching.limits import DEFAULT_TRIALS, require_limits
 
 if TYPE_CHECKING:
     from edgecompress.searching.order import SearchOrder
 
 app = typer.Typer()
 _UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
-DEFAULT_TRIALS = 20
 
 
 class Minimized(StrEnum):
@@ -80,13 +80,13 @@ def search_command(
 
     def order() -> SearchOrder:
         seconds = seconds_of(time_limit)
-        if not 0 <= max_accuracy_drop <= 1:
-            hint = f"; did you mean {max_accuracy_drop / 100:g}?" if 1 < max_accuracy_drop <= 100 else ""
-            raise ConfigurationError(f"--max-accuracy-drop: {max_accuracy_drop:g} is no fraction from 0 to 1{hint}")
-        if storage is not None and not storage.startswith("postgresql"):
-            raise ConfigurationError(
-                "--storage takes postgresql://user@host/database; without it the trials lie in a file of the folder"
-            )
+        require_limits(
+            max_accuracy_drop=max_accuracy_drop,
+            minimize=minimize.value,
+            trials=trials,
+            seconds=seconds,
+            storage=storage,
+        )
         _require_space_and_target(recipe, tuple(overrides or ()), target)
         from edgecompress.searching.order import SearchOrder
         from edgecompress.settings.target import load_target
@@ -97,7 +97,7 @@ def search_command(
             target=load_target(target),
             max_accuracy_drop=max_accuracy_drop,
             minimize=minimize.value,
-            trials=DEFAULT_TRIALS if trials is None and seconds is None else trials,
+            trials=trials,
             seconds=seconds,
             storage=storage,
             cache=cache,

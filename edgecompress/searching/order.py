@@ -18,6 +18,7 @@ from edgecompress.data.run_data import ImageData
 from edgecompress.errors import ConfigurationError, RunError
 from edgecompress.measure.profiling import not_at_hand
 from edgecompress.run_directory import Json, RunDirectory, read_json
+from edgecompress.searching.limits import DEFAULT_TRIALS, require_limits
 from edgecompress.searching.space import SearchSpace, Settings
 from edgecompress.searching.trial import Minimize
 from edgecompress.settings.target import Target
@@ -30,7 +31,10 @@ _WARM = 5  # points taken from an earlier search
 
 @dataclass(frozen=True)
 class SearchOrder:
-    """What was asked for. `trials` and `seconds` are limits, of which the first one reached ends the search."""
+    """What was asked for. `trials` and `seconds` are limits, of which the first one reached ends the search.
+
+    Without both there are DEFAULT_TRIALS.
+    """
 
     source: str
     overrides: tuple[str, ...]
@@ -44,10 +48,21 @@ class SearchOrder:
     warm_starts: tuple[Path, ...]
     command: str
 
-    def with_limit(self) -> SearchOrder:
-        """The same, with what may be lost as the target's budget too: said with the command, it wins over the file."""
+    def resolved(self) -> SearchOrder:
+        """The same with what was left open: the number of trials, and what may be lost as the target's budget too.
+
+        Said with the command, it wins over the target's file. Raises ConfigurationError for limits that mean nothing.
+        """
+        require_limits(
+            max_accuracy_drop=self.max_accuracy_drop,
+            minimize=self.minimize,
+            trials=self.trials,
+            seconds=self.seconds,
+            storage=self.storage,
+        )
+        trials = DEFAULT_TRIALS if self.trials is None and self.seconds is None else self.trials
         budgets = self.target.budgets.model_copy(update={"max_accuracy_drop": self.max_accuracy_drop})
-        return replace(self, target=self.target.model_copy(update={"budgets": budgets}))
+        return replace(self, trials=trials, target=self.target.model_copy(update={"budgets": budgets}))
 
 
 def search_key(order: SearchOrder, space: SearchSpace, data: ImageData) -> str:

@@ -48,7 +48,7 @@ _AGAIN_SECONDS = 10.0  # beside what latency is measured for: memory, operators 
 def search_plan(order: SearchOrder, directory: Path, *, resume: bool) -> Json:
     """The plan as JSON. Raises InputError for whatever the search would refuse."""
     started = time.perf_counter()
-    order = order.with_limit()
+    order = order.resolved()
     space = load_space(order.source, order.overrides)
     require_measurable(order)
     recipes = [

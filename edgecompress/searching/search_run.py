@@ -55,7 +55,7 @@ def search(order: SearchOrder, directory: Path, *, resume: bool, make_trial: typ
 class _Search:
     def __init__(self, order: SearchOrder, directory: Path, *, resume: bool, make_trial: type[Trial]) -> None:
         self.make_trial = make_trial
-        order = order.with_limit()
+        order = order.resolved()
         self.order, self.directory, self.path = order, directory, directory / DOCUMENT
         self.started = time.monotonic()
         self.space = load_space(order.source, order.overrides)

@@ -45,7 +45,12 @@ class Tracking:
         """Tell of an epoch, as a stage calls it."""
         step = self._epochs[stage_id] = self._epochs.get(stage_id, 0) + 1
         names = ("loss", "val_accuracy", "learning_rate", "images_per_second")
-        self._log({f"{stage_id}/{name}": float(getattr(record, name)) for name in names}, step)
+        values = {f"{stage_id}/{name}": float(getattr(record, name)) for name in names}
+        for tracker in self._trackers:
+            if tracker.name == "wandb":
+                _log_to_wandb(tracker, stage_id, values, step)
+            else:
+                tracker.log(values, step=step)
 
     def results(self, manifest: Json, profiles: dict[str, Json]) -> None:
         """Tell of what the stages reached, and of what was measured."""
@@ -59,11 +64,17 @@ class Tracking:
                 latency = row["latency_ms"]["p50"]
                 if latency is not None:
                     values[f"profile/{target}/{model}/latency_ms_p50"] = float(latency)
-        self._log(values, 0)
-
-    def _log(self, values: dict[str, float], step: int) -> None:
         for tracker in self._trackers:
-            tracker.log(values, step=step)
+            tracker.log(values, step=None if tracker.name == "wandb" else 0)
+
+
+def _log_to_wandb(tracker: Any, stage_id: str, values: dict[str, float], step: int) -> None:
+    """Weights & Biases drops what comes at a lower step than before, so each stage has an axis of its own there."""
+    axis = f"{stage_id}/epoch"
+    if step == 1:
+        tracker.tracker.define_metric(axis)
+        tracker.tracker.define_metric(f"{stage_id}/*", step_metric=axis)
+    tracker.log({**values, axis: float(step)}, step=None)
 
 
 @contextmanager
