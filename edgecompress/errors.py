@@ -8,6 +8,7 @@
     │   └── RunError                no run, an unfinished run, or a run that would be overwritten
     └── StageError                  exit 1: a stage began and could not finish
         ├── TrainingError           a loss that is not finite, nothing to train
+        ├── EvaluationError         logits that are not finite
         ├── PruningError            a prune stage that removed nothing, or too much
         ├── QuantizationError       a model that cannot be quantized or captured
         ├── ExportError             an ONNX file that the checker or the runtime refuses
@@ -60,6 +61,10 @@ class StageError(EdgeCompressError):
 
 class TrainingError(StageError):
     """Training could not go on (for instance a loss that is not finite)."""
+
+
+class EvaluationError(StageError):
+    """A model whose logits are not finite, so that nothing can be said of its accuracy."""
 
 
 class PruningError(StageError):

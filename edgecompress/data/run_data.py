@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,6 +74,9 @@ class ImageData:
             "fingerprint": self.fingerprint,
             "notes": list(self.notes),
         }
+
+
+_NAMED_CLASSES = 5
 
 
 def open_data(settings: DataSettings) -> ImageData:
@@ -146,11 +150,25 @@ def _draw_splits(settings: DataSettings, source: Source) -> tuple[dict[str, Imag
             notes.append(f"train: a class-balanced subset of {wanted} of {len(train)} images")
         else:
             notes.append(f"train: max_train_samples is {wanted}, and all {len(train)} images are used")
-    for name, split in splits.items():
-        present = len(np.unique(split.labels))
-        if present < len(source.class_names) and not source.has_class_index:
-            notes.append(f"{name}: holds {present} of {len(source.class_names)} classes")
+    notes += _classes_without_an_image(splits, source)
     return {name: splits[name] for name in SPLIT_NAMES if name in splits}, notes
+
+
+def _classes_without_an_image(splits: Mapping[str, ImageSplit], source: Source) -> list[str]:
+    """What each split cannot say anything about, by name.
+
+    A class index may list more classes than a folder holds; then those count that another split holds.
+    """
+    present = {name: set(np.unique(split.labels).tolist()) for name, split in splits.items()}
+    expected = set().union(*present.values()) if source.has_class_index else set(range(len(source.class_names)))
+    notes = []
+    for name, classes in present.items():
+        absent = sorted(expected - classes)
+        if absent:
+            named = ", ".join(f"'{source.class_names[label]}'" for label in absent[:_NAMED_CLASSES])
+            more = f" and {len(absent) - _NAMED_CLASSES} more" if len(absent) > _NAMED_CLASSES else ""
+            notes.append(f"{name}: holds {len(classes)} of {len(expected)} classes; no image of {named}{more}")
+    return notes
 
 
 def _generator(seed: int, stream: int) -> np.random.Generator:

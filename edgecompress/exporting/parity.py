@@ -120,7 +120,8 @@ def compare_int8(
     ]
     return {
         "top1_agreement": agreement,
-        "sqnr_db": sqnr_db(float_logits, int8_logits),
+        # A model that answers nothing but zeros is a missed gate (predictions_vary), not a crash.
+        "sqnr_db": sqnr_db(float_logits, int8_logits) if float_logits.any() else float("nan"),
         "accuracy_fp32": float(np.mean(was_right)),
         "accuracy_int8": float(np.mean(is_right)),
         "mcnemar": mcnemar(was_right, is_right).to_dict(),
@@ -146,6 +147,12 @@ def at_least(gate: str, value: float, limit: float, sentence: str) -> dict[str, 
 def constant_predictions(logits: Logits) -> bool:
     """Whether every image gets the same answer, so that agreement proves nothing."""
     return len(np.unique(logits.argmax(axis=1))) < 2
+
+
+def only_answer(logits: Logits, class_names: tuple[str, ...]) -> str | None:
+    """The class that every image is taken for; None where answers differ."""
+    answers = np.unique(logits.argmax(axis=1))
+    return class_names[int(answers[0])] if len(answers) == 1 else None
 
 
 def class_changes(

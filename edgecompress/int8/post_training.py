@@ -20,9 +20,10 @@ from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 
 from edgecompress import console
 from edgecompress.errors import QuantizationError
-from edgecompress.int8.calibration import RangeWatch, activation_observer
+from edgecompress.int8.calibration import RangeObserver, RangeWatch, activation_observer
 from edgecompress.int8.capture import capture
 from edgecompress.int8.compensation import compensate
+from edgecompress.int8.dead_channels import layer_behind
 from edgecompress.int8.finetuning import finetune
 from edgecompress.int8.quantized_model import QuantizedModel, simulate
 from edgecompress.int8.quantizer import OnnxRuntimeQuantizer, module_name
@@ -69,6 +70,13 @@ def quantize(
             advance()
     _check_ranges(prepared)
     calibration_facts = watch.finish()
+    only_zeros = _only_zeros(prepared)
+    if only_zeros:
+        named = f"{', '.join(only_zeros[:3])}{' and more' if len(only_zeros) > 3 else ''}"
+        console.warn(
+            f"calibration saw nothing but zeros in {len(only_zeros)} layers ({named}), so int8 keeps nothing of what "
+            "they may give on other images; give calibration more images, or name them in exclude"
+        )
     graph = convert_pt2e(prepared)
     correction = "rounded to nearest"
     if stage.effort != "fast":
@@ -82,6 +90,7 @@ def quantize(
         exclude=stage.exclude,
         reference=reference,
         calibration=calibration_facts,
+        only_zeros=only_zeros,
     )
     return _finetuned(model, reference, calibration) if stage.effort == "best" else model
 
@@ -177,6 +186,16 @@ def _check_weights(module: nn.Module) -> None:
             raise QuantizationError(f"{name} holds NaN or infinity; train the model again, or give a sound checkpoint")
 
 
+def _only_zeros(prepared: GraphModule) -> tuple[str, ...]:
+    """Layers whose output was zero on every calibration image."""
+    found: dict[str, None] = {}
+    for node in prepared.graph.nodes:
+        child = prepared.get_submodule(str(node.target)) if node.op == "call_module" else None
+        if isinstance(child, RangeObserver) and float(child.min_val) == 0.0 == float(child.max_val):
+            found[layer_behind(node.args[0])] = None
+    return tuple(found)
+
+
 def _check_ranges(prepared: GraphModule) -> None:
     """Refuse ranges that are not finite, in the order in which the graph runs, so that the first culprit is named."""
     for node in prepared.graph.nodes:
@@ -188,6 +207,11 @@ def _check_ranges(prepared: GraphModule) -> None:
         place = str(observed.target) if observed.op == "get_attr" else module_name(observed)
         never_ran = low.numel() == 0 or bool((low > high).any())  # as an observer starts
         saw_non_finite = getattr(child, "saw_non_finite", False)
+        if observed.op == "placeholder" and not saw_non_finite and not never_ran and bool((low == high).all()):
+            raise QuantizationError(
+                f"the calibration images are all of one value ({float(low.max()):g} once normalized); ranges found on "
+                "them mean nothing, so look at the training images"
+            )
         if never_ran and not saw_non_finite:
             raise QuantizationError(f"{place}: no range was found; it never ran on calibration images")
         if saw_non_finite or not (torch.isfinite(low).all() and torch.isfinite(high).all()):

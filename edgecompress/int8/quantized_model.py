@@ -28,6 +28,7 @@ from edgecompress.int8.integer_simulation import simulate_integers
 from edgecompress.int8.operators import DEQUANTIZE, DEQUANTIZE_CHANNELS, QUANTIZE
 from edgecompress.int8.quantizer import OnnxRuntimeQuantizer
 from edgecompress.int8.scheme import Scheme
+from edgecompress.models.finiteness import non_finite_tensor
 from edgecompress.run_directory import atomic_path, write_text
 
 _SCALES = "activation_scales"
@@ -39,7 +40,8 @@ class QuantizedModel:
     """An int8 model: the exportable graph, its scheme, and what was quantized.
 
     `reference` is the float graph that was quantized, batch norm folded, under the same node names; None for a model
-    that was read from its files, as is `calibration`, which says whether the ranges had settled.
+    that was read from its files, as is `calibration`, which says whether the ranges had settled. `only_zeros` names
+    layers whose output was zero on every calibration image, so that no scale could be found for it.
     """
 
     graph: GraphModule
@@ -50,6 +52,7 @@ class QuantizedModel:
     correction: str = ""
     reference: GraphModule | None = None
     calibration: CalibrationFacts | None = None
+    only_zeros: tuple[str, ...] = ()
 
     @property
     def sparsity(self) -> float:
@@ -136,6 +139,9 @@ def load_quantized(folder: Path, module: nn.Module, description: dict[str, Any],
             raise RunError(f"{folder}: holds scales or zero points that mean nothing; run the quantize stage again")
         for node, scale, zero_point in zip(nodes, scales, zero_points, strict=True):
             node.args = (node.args[0], float(scale), int(zero_point), *node.args[3:])
+        wrong = non_finite_tensor(tensors)
+        if wrong is not None:
+            raise RunError(f"{folder}: '{wrong}' holds NaN or infinity; run the quantize stage again")
         _restore_constants(graph, tensors)
     except (OSError, KeyError, TypeError, ValueError, RuntimeError, SafetensorError) as error:
         raise RunError(f"{folder}: the int8 model cannot be rebuilt: {error}; run the quantize stage again") from error

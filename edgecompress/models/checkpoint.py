@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from edgecompress.errors import ModelError, PruningError, RunError
+from edgecompress.models.finiteness import non_finite_tensor
 from edgecompress.models.model_building import Architecture, build
 from edgecompress.models.model_history import History, history_from_json, history_to_json, replay
 from edgecompress.run_directory import atomic_path, read_json, write_text
@@ -87,7 +88,11 @@ def load_checkpoint(folder: Path) -> Checkpoint:
     """Read a float stage back. Raises RunError when the files are damaged or do not fit each other."""
     checkpoint, _ = rebuild(folder)
     try:
-        checkpoint.module.load_state_dict(load_file(folder / "model.safetensors"))
+        tensors = load_file(folder / "model.safetensors")
+        checkpoint.module.load_state_dict(tensors)
     except (OSError, SafetensorError, RuntimeError) as error:
         raise RunError(f"{folder}: weights do not fit model.json: {str(error).splitlines()[0]}") from error
+    wrong = non_finite_tensor(tensors)
+    if wrong is not None:
+        raise RunError(f"{folder / 'model.safetensors'}: '{wrong}' holds NaN or infinity; run the stage again")
     return checkpoint

@@ -21,6 +21,7 @@ from edgecompress import console
 from edgecompress.data.preprocessing import Preprocessing
 from edgecompress.data.run_data import ImageData
 from edgecompress.errors import ModelError
+from edgecompress.models.finiteness import non_finite_tensor
 from edgecompress.models.nets import SMALL_NETS
 from edgecompress.models.weights import head_classes, load_checkpoint, one_line
 from edgecompress.models.zoo import (
@@ -113,6 +114,9 @@ def create_model(settings: ModelSettings, data: ImageData) -> CreatedModel:
     if settings.checkpoint is not None:
         notes += load_checkpoint(module, settings.checkpoint, allow_new_head=settings.num_classes is None)
         weights = "checkpoint"
+    wrong = non_finite_tensor(module.state_dict())
+    if wrong is not None:
+        raise ModelError(f"model {architecture.name}: '{wrong}' holds NaN or infinity; mend how its weights are made")
     _check_output(module, architecture)
     return CreatedModel(module, architecture, weights, notes)
 

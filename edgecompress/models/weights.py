@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from edgecompress.errors import ModelError
+from edgecompress.models.finiteness import non_finite_tensor
 
 Shapes = tuple[tuple[int, ...], tuple[int, ...]]
 _STATE_DICT_KEYS = ("state_dict", "model", "model_state_dict")
@@ -53,9 +54,9 @@ def load_checkpoint(module: nn.Module, path: Path, *, allow_new_head: bool) -> l
             )
         notes.append(f"head re-initialised: the checkpoint has {theirs} classes, the model {ours}")
     fitting = {key: tensor for key, tensor in tensors.items() if key not in misfits}
-    for key, tensor in fitting.items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise ModelError(f"{path}: '{key}' holds values that are not finite; use an earlier checkpoint")
+    wrong = non_finite_tensor(fitting)
+    if wrong is not None:
+        raise ModelError(f"{path}: '{wrong}' holds values that are not finite; use an earlier checkpoint")
     module.load_state_dict(fitting, strict=False)
     return notes
 

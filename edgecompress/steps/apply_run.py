@@ -137,6 +137,7 @@ def apply_recipe(
             accuracy = f"accuracy {facts['accuracy']:.2%} ({facts['accuracy_split']})"
             console.note(f"stage {stage.id}: {kept}{accuracy}; {facts['summary']}")
             _warn_of_lost_zeros(run, stage.id, zeros, facts["sparsity"])
+            _warn_of_one_answer(run, stage.id, facts, data)
     if workers.rank() != 0:
         return run.read_manifest()
     return run.update_manifest(lambda m: _finish(m, recipe, run, target or own_target()))
@@ -147,6 +148,19 @@ def _warn_of_lost_zeros(run: RunDirectory, stage_id: str, before: float, after: 
     if text is not None:
         console.warn(text)
         run.update_manifest(lambda m: m["notes"].append(text))
+
+
+def _warn_of_one_answer(run: RunDirectory, stage_id: str, facts: Json, data: ImageData) -> None:
+    """A model that takes every image for one class has an accuracy too: that class's share of the images."""
+    label = facts.get("constant_class")
+    if label is None:
+        return
+    text = (
+        f"stage {stage_id}: the model takes every image for '{data.class_names[label]}', so its accuracy is that "
+        "class's share of the images and says nothing; train it longer or with a lower learning_rate."
+    )
+    console.warn(text)
+    run.update_manifest(lambda m: m["notes"].append(text) if text not in m["notes"] else None)
 
 
 def _initial_model(
@@ -176,6 +190,8 @@ def _initial_model(
             manifest["baseline"] = baseline
 
     run.update_manifest(change)
+    if baseline is not None and recipe.has_trained_weights and baseline["id"] == INITIAL:
+        _warn_of_one_answer(run, INITIAL, baseline, data)
     return checkpoint, data
 
 

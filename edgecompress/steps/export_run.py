@@ -31,6 +31,7 @@ from edgecompress.exporting.parity import (
     compare_float,
     compare_int8,
     constant_predictions,
+    only_answer,
     run_onnx,
     worst_class,
 )
@@ -200,6 +201,7 @@ def _export_and_compare(work: _Work, *, int8: bool, ort: bool) -> Json:
         "samples": len(indices),
         "input_form": work.form,
         "constant_predictions": constant_predictions(onnx_logits),
+        "constant_class": only_answer(onnx_logits, work.data.class_names),
         "onnx_fp32": compare_float(torch_logits, onnx_logits, gates) | {"rewrites": rewrites},
     }
     usual = {"fp32": onnx_logits}
@@ -389,7 +391,9 @@ def parity_gates(parity: Json, target: Target) -> list[Gate]:
             "value": not constant,
             "limit": True,
             "passed": not constant,
-            "sentence": "The model gives every image the same answer, so parity proves nothing.",
+            "sentence": "The model gives every image the same answer"
+            + (f", '{parity['constant_class']}'" if parity.get("constant_class") is not None else "")
+            + ", so parity proves nothing.",
         }
     ]
     for part in ("onnx_fp32", "onnx_int8", "worst_class", "with_preprocessing", "answers", "ort_format"):

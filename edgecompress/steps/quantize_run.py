@@ -14,6 +14,8 @@ from torch import Tensor
 
 from edgecompress import console
 from edgecompress.data.run_data import ImageData, calibration_indices
+from edgecompress.int8.dead_channels import IMAGES as DEAD_CHANNEL_IMAGES
+from edgecompress.int8.dead_channels import dead_channels, dead_sentence
 from edgecompress.int8.placement_trial import HeldOut
 from edgecompress.int8.post_training import quantize
 from edgecompress.int8.quantized_model import QuantizedModel, save_quantized
@@ -156,9 +158,10 @@ def run_quantize_stage(
     )
     if samples < stage.calibration.samples:
         summary += f" (all of train; {stage.calibration.samples} were asked for)"
-    facts: Json = {}
+    facts: Json = {"only_zeros": list(model.only_zeros)} | _dead_channels(run, stage, made.model, current, splits)
     if trained is not None:
-        summary, facts = f"{trained.summary}; {summary}", {"qat": trained.facts, "epochs": trained.facts["epochs"]}
+        summary = f"{trained.summary}; {summary}"
+        facts |= {"qat": trained.facts, "epochs": trained.facts["epochs"]}
     cost = cost_entry(run, current, stage.id, example_input(current.architecture)) | {"sparsity": model.sparsity}
     return (
         evaluation_entry(logits, split.labels, data.report_split)
@@ -167,3 +170,19 @@ def run_quantize_stage(
         | {"calibration_samples": samples, "scheme": scheme.to_dict(), "summary": summary}
         | {"calibration": model.calibration.to_dict() if model.calibration else None}
     )
+
+
+def _dead_channels(
+    run: RunDirectory, stage: QuantizeStage, model: QuantizedModel, source: Checkpoint, splits: PreparedSplits
+) -> Json:
+    """Which layers have channels that say nothing, for run.json; said to the user too where there are any."""
+    if model.reference is None:
+        return {}
+    preprocessing = source.architecture.preprocessing
+    images, _ = next(splits.get("train", preprocessing).batches(DEAD_CHANNEL_IMAGES))
+    dead = dead_channels(model.reference, preprocessing.normalize(images))
+    if dead:
+        text = f"stage {stage.id}: {dead_sentence(dead, len(images))}."
+        console.note(text)
+        run.update_manifest(lambda m: m["notes"].append(text) if text not in m["notes"] else None)
+    return {"dead_channels": {name: {"dead": count, "channels": total} for name, (count, total) in dead.items()}}

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from edgecompress import console
 from edgecompress.data.preprocessing import Preprocessing
 from edgecompress.data.run_data import PreparedSplit
+from edgecompress.errors import EvaluationError
+from edgecompress.models.finiteness import first_non_finite_layer
 
 EVAL_BATCH_SIZE = 64
 
@@ -27,7 +29,10 @@ def collect_logits(
     indices: Tensor | None = None,
     description: str = "evaluating",
 ) -> Tensor:
-    """Run every image of the split (or those at `indices`) once, in order; returns float32 logits on the CPU."""
+    """Run every image of the split (or those at `indices`) once, in order; returns float32 logits on the CPU.
+
+    Raises EvaluationError where they are not finite.
+    """
     device = _device_of(module)
     if isinstance(module, nn.Module) and not isinstance(module, torch.fx.GraphModule):
         module.eval()
@@ -38,7 +43,40 @@ def collect_logits(
             batch = preprocessing.normalize(images.to(device)).contiguous(memory_format=torch.channels_last)
             collected.append(module(batch).float().cpu())
             advance(len(images))
-    return torch.cat(collected)
+    logits = torch.cat(collected)
+    _require_finite(logits, module, split, preprocessing, indices=indices, description=description)
+    return logits
+
+
+def _require_finite(
+    logits: Tensor,
+    module: nn.Module | Callable[[Tensor], Tensor],
+    split: PreparedSplit,
+    preprocessing: Preprocessing,
+    *,
+    indices: Tensor | None,
+    description: str,
+) -> None:
+    """Raises EvaluationError that names the first image and the layer where NaN or infinity begins.
+
+    Such logits have a largest one too, so that an accuracy would come out of them.
+    """
+    rows = (~torch.isfinite(logits)).any(dim=1)
+    if not bool(rows.any()):
+        return
+    first = int(rows.nonzero()[0])
+    index = first if indices is None else int(indices[first])
+    name = split.file_name(index) or f"image {index}"
+    layer = None
+    if isinstance(module, nn.Module) and not isinstance(module, torch.fx.GraphModule):
+        images, _ = next(split.batches(1, indices=torch.tensor([index])))
+        batch = preprocessing.normalize(images.to(_device_of(module)))
+        layer = first_non_finite_layer(module, batch)
+    where = f", first in layer '{layer}'" if layer is not None else ""
+    raise EvaluationError(
+        f"{description}: the logits are NaN or infinite on {int(rows.sum())} of {len(rows)} images of {split.name} "
+        f"(the first is {name}){where}; check the weights and the arithmetic of that layer"
+    )
 
 
 def _device_of(module: object) -> torch.device:

@@ -26,7 +26,8 @@ from edgecompress import console
 from edgecompress.data.augmentation import augment, mix
 from edgecompress.data.preprocessing import Preprocessing
 from edgecompress.data.run_data import PreparedSplit
-from edgecompress.errors import TrainingError
+from edgecompress.errors import EvaluationError, TrainingError
+from edgecompress.models.finiteness import non_finite_tensor
 from edgecompress.settings.training_settings import TrainingSettings
 from edgecompress.training.distill import LossFunction, TrainingBatch
 from edgecompress.training.evaluate import accuracy, collect_logits
@@ -256,7 +257,7 @@ class _Fit:
         mean_loss = self.workers.mean(self.loss_sum) / self.steps_per_epoch
         if not math.isfinite(mean_loss):
             raise TrainingError(
-                f"{self.description}: the loss is not finite in epoch {self.epoch}; lower learning_rate "
+                f"{self.description}: the loss is not finite in epoch {self.epoch}{self._where()}; lower learning_rate "
                 f"({self.settings.learning_rate:g}), or set gradient_clip_norm: 1.0"
             )
         record = EpochRecord(
@@ -281,6 +282,11 @@ class _Fit:
         self.loss_sum.zero_()
         return record
 
+    def _where(self) -> str:
+        """The first weight that is not finite by now, in words."""
+        wrong = non_finite_tensor(self.step_module.state_dict())
+        return f", and '{wrong}' holds NaN or infinity" if wrong is not None else ""
+
     @property
     def _judged(self) -> nn.Module:
         """The module whose weights are evaluated and handed on: the average of them, where one is kept."""
@@ -291,8 +297,15 @@ class _Fit:
 
     def _val_accuracy(self) -> float:
         positions = torch.arange(len(self.val))
-        with self.accelerator.autocast():
-            own = collect_logits(self._judged, self.val, self.preprocessing, indices=self.workers.share(positions))
+        share = self.workers.share(positions)
+        try:
+            with self.accelerator.autocast():
+                own = collect_logits(self._judged, self.val, self.preprocessing, indices=share)
+        except EvaluationError as error:
+            raise TrainingError(
+                f"{self.description}: after epoch {self.epoch}{self._where()}: {error}; lower learning_rate "
+                f"({self.settings.learning_rate:g}), or set gradient_clip_norm: 1.0"
+            ) from error
         return accuracy(self.workers.gather_rows(own, len(self.val)), self.val.labels)
 
     def _status(self) -> str:
