@@ -277,7 +277,7 @@ def test_a_folder_with_its_own_val(tmp_path: Path) -> None:
         "test": [0],
     }
     assert (data.report_split, data.native_size, data.channels, data.has_class_index) == ("test", 8, 3, False)
-    assert "val: holds 1 of 2 classes" in data.notes
+    assert "val: holds 1 of 2 classes; no image of 'ant'" in data.notes
 
 
 def test_without_val_a_stratified_part_of_train_is_drawn(tmp_path: Path) -> None:
@@ -327,7 +327,7 @@ def test_a_class_index_gives_numbers_and_a_lower_bound(tmp_path: Path) -> None:
     assert data.class_names == ("0", "1", "dog", "3", "4", "cat")
     assert data.has_class_index
     assert data.splits["train"].labels.tolist() == [5, 5, 2, 2]
-    assert not any("classes" in note for note in data.notes)
+    assert [note for note in data.notes if "classes" in note] == ["val: holds 1 of 2 classes; no image of 'cat'"]
     wider = data.with_num_classes(8)
     assert wider.class_names[5:] == ("cat", "6", "7")
     assert wider.fingerprint == data.fingerprint

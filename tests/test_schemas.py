@@ -79,6 +79,7 @@ QUICK = [
     ("json-schema", "schema show recipe"),
     ("json-schema", "schema show run"),
     ("schemas", "schema list"),
+    ("trust", "trust"),
     ("doctor", "doctor --no-gate"),
     ("init", "init first.yaml --data digits"),
     ("runs", "runs list"),
