@@ -23,6 +23,7 @@ from typing import Any
 from edgecompress.errors import RunError
 
 RUNS_ROOT = Path("runs")
+RIGHT_FILE = "right.npy"  # of a stage: which of the reported images it got right, bool [samples]
 SCHEMA_VERSION = 1
 # What every command relies on in run.json, each key with its type; lists hold what stands beside them.
 _REQUIRED: dict[str, type | tuple[type, type]] = {

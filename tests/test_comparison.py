@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from conftest import CommandLine
-from edgecompress.errors import ConfigurationError
+from edgecompress.errors import ConfigurationError, RunError
+from edgecompress.reporting.accuracy_pairs import paired_difference
 from edgecompress.reporting.comparison import comparison_document
 from edgecompress.reporting.differences import accuracy_difference, size_ratio, time_ratio
 from edgecompress.run_directory import RunDirectory, write_json
@@ -74,6 +75,63 @@ def test_one_sentence_says_which_is_better_for_what(tmp_path: Path) -> None:
     labels = [point["label"] for point in document["figures"][1]["points"]]
     assert labels[0].startswith("1: dense")
     assert len(labels) == 6
+
+
+def _answers(run: RunDirectory, right: Any) -> RunDirectory:
+    """The run, with which of its images its last stage got right."""
+    folder = run.stage("int8")
+    folder.mkdir(parents=True, exist_ok=True)
+    np.save(folder / "right.npy", np.asarray(right))
+    return run
+
+
+def test_the_same_images_are_compared_one_by_one(tmp_path: Path) -> None:
+    before = np.arange(360) < 333
+    after = before.copy()
+    after[[340, 341, 342, 343, 344, 345, 346, 347, 348]] = True  # 9 won, none lost: p = 2 / 2**9
+    one = _answers(_run(tmp_path / "a", accuracy=333 / 360), before)
+    other = _answers(_run(tmp_path / "b", accuracy=342 / 360), after)
+    row = comparison_document([one, other])["metrics"][0]
+    difference = row["cells"][1]["difference"]
+    assert difference["paired"] == {"samples": 360, "lost": 0, "won": 9, "p_value": pytest.approx(2 / 2**9)}
+    assert difference["value"] == pytest.approx(2.5)
+    assert 0 < difference["ci95"][0] < 2.5 < difference["ci95"][1] < 5
+    assert row["cells"][1]["images_text"] == "of 360 images 9 won and 0 lost, p = 0.0039"
+    assert row["best"] == ["b"]
+    apart = accuracy_difference(333 / 360, wilson_interval(333 / 360, 360), 342 / 360, wilson_interval(342 / 360, 360))
+    assert apart.better == "neither", "as independent samples the same numbers would tell nothing"
+    swapped = comparison_document([other, one])["metrics"][0]["cells"][1]["difference"]
+    assert (swapped["paired"]["lost"], swapped["better"]) == (9, "reference")
+    assert swapped["ci95"] == pytest.approx([-end for end in reversed(difference["ci95"])])
+
+
+def test_the_interval_of_a_paired_difference_holds_the_truth_as_often_as_it_says() -> None:
+    generator = np.random.default_rng(2)
+    held = 0
+    for _ in range(1000):
+        kinds = generator.choice(4, size=300, p=[0.85, 0.07, 0.02, 0.06])  # both, the first, the other, none
+        found = paired_difference(np.isin(kinds, (0, 1)), np.isin(kinds, (0, 2)))
+        held += found.low <= -5.0 <= found.high
+    assert 0.93 <= held / 1000 <= 0.98
+
+
+def test_what_cannot_be_paired_is_said(tmp_path: Path) -> None:
+    right = np.arange(360) < 351
+    one, other = _answers(_run(tmp_path / "a"), right), _run(tmp_path / "b")
+    document = comparison_document([one, other])
+    assert document["metrics"][0]["cells"][1]["images_text"] is None
+    assert "a and b were tested on the same images, but one of them did not keep" in " ".join(document["notes"])
+    assert "paired" not in document["metrics"][0]["cells"][1]["difference"]
+    with pytest.raises(RunError, match=r"right\.npy: holds no answers"):
+        comparison_document([one, _answers(other, np.zeros(360))])
+
+
+def test_other_training_images_do_not_matter_for_what_is_reported(tmp_path: Path) -> None:
+    data = [MANIFEST["data"] | {"fingerprint": own, "report_fingerprint": "same"} for own in ("few", "many")]
+    runs = [_answers(_run(tmp_path / d["fingerprint"], data=d), np.arange(360) < 351) for d in data]
+    document = comparison_document(runs)
+    assert document["metrics"][0]["cells"][1]["difference"]["paired"]["samples"] == 360
+    assert "other images" not in " ".join(document["notes"])
 
 
 def test_a_difference_within_chance_is_none(tmp_path: Path) -> None:

@@ -72,6 +72,7 @@ class ImageData:
             "channels": self.channels,
             "native_size": self.native_size,
             "fingerprint": self.fingerprint,
+            "report_fingerprint": _fingerprint({self.report_split: self.splits[self.report_split]}),
             "notes": list(self.notes),
         }
 

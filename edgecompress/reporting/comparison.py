@@ -7,18 +7,19 @@ the pages of `compare` are rendered. What cannot be compared (other images, othe
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from edgecompress.errors import ConfigurationError
 from edgecompress.reporting import summary
+from edgecompress.reporting.accuracy_pairs import Right, paired_difference, pairing_text, right_answers, same_images
 from edgecompress.reporting.differences import Difference, accuracy_difference, size_ratio, time_ratio
 from edgecompress.reporting.fact_rows import command_text, run_words
 from edgecompress.reporting.figures import figures_of, latency_trade_off, size_trade_off
 from edgecompress.reporting.report_facts import report_document
 from edgecompress.reporting.summary import Json, number, section
 from edgecompress.reporting.variants import name_of, pair, variants
-from edgecompress.run_directory import RunDirectory, read_json, reading_documents
+from edgecompress.run_directory import RunDirectory, is_plain_name, read_json, reading_documents
 
 _LEAVES_SHOWN = 40
 _BUSY = 0.05  # a fixed loop that differs this much between two runs: the machine was not the same
@@ -112,10 +113,16 @@ def _candidates(runs: Sequence[RunDirectory], target: str | None) -> list[Candid
     return candidates
 
 
+@dataclass(frozen=True)
+class Found:
+    """A figure of one candidate, with its interval, and for accuracy which images were right, where that was kept."""
+
+    value: float | None
+    interval: list[float] | None
+    right: Right | None = None
+
+
 # What is compared: a key, how to say it, how to find it with its interval, and how two of them differ.
-Found = tuple[float | None, list[float] | None]
-
-
 @dataclass(frozen=True)
 class Metric:
     """One figure: `words` are those for a better and a worse one, `budget` what to call a shortage of it."""
@@ -133,42 +140,48 @@ class Metric:
 def _latency(name: str) -> Callable[[Candidate], Found]:
     def find(candidate: Candidate) -> Found:
         latency = section(candidate.model, "latency_ms")
-        return number(latency.get(name)), pair(latency.get(f"{name}_ci95"))
+        return Found(number(latency.get(name)), pair(latency.get(f"{name}_ci95")))
 
     return find
 
 
 def _of_model(key: str) -> Callable[[Candidate], Found]:
-    return lambda candidate: (number(candidate.model.get(key)), pair(candidate.model.get(f"{key}_range")))
+    return lambda candidate: Found(number(candidate.model.get(key)), pair(candidate.model.get(f"{key}_range")))
 
 
 def _of_stage(key: str) -> Callable[[Candidate], Found]:
-    return lambda candidate: (number(candidate.shipped.get(key)), pair(candidate.shipped.get(f"{key}_ci95")))
+    return lambda candidate: Found(number(candidate.shipped.get(key)), pair(candidate.shipped.get(f"{key}_ci95")))
+
+
+def _accuracy(candidate: Candidate) -> Found:
+    found, stage = _of_stage("accuracy")(candidate), str(candidate.shipped.get("id", ""))
+    return replace(found, right=right_answers(candidate.run, stage) if is_plain_name(stage) else None)
+
+
+def _ends(found: Found) -> tuple[float, Sequence[float]]:
+    assert found.value is not None
+    return found.value, found.interval or [found.value, found.value]
 
 
 def _by_time(reference: Found, other: Found) -> Difference:
-    (a, a_ci), (b, b_ci) = reference, other
-    assert a is not None
-    assert b is not None
-    return time_ratio(a, a_ci or [a, a], b, b_ci or [b, b])
+    return time_ratio(*_ends(reference), *_ends(other))
 
 
 def _by_size(reference: Found, other: Found) -> Difference:
-    (a, a_range), (b, b_range) = reference, other
-    assert a is not None
-    assert b is not None
-    return size_ratio(a, b, a_range or (), b_range or ())
+    assert reference.value is not None
+    assert other.value is not None
+    return size_ratio(reference.value, other.value, reference.interval or (), other.interval or ())
 
 
 def _by_points(reference: Found, other: Found) -> Difference:
-    (a, a_ci), (b, b_ci) = reference, other
-    assert a is not None
-    assert b is not None
-    return accuracy_difference(a, a_ci or [a, a], b, b_ci or [b, b])
+    """Image by image where both kept their answers; who calls this has seen that the images are the same."""
+    if reference.right is not None and other.right is not None and len(reference.right) == len(other.right):
+        return paired_difference(reference.right, other.right)
+    return accuracy_difference(*_ends(reference), *_ends(other))
 
 
 _METRICS = (
-    Metric("accuracy", "Accuracy", "accuracy", _of_stage("accuracy"), _by_points, ("more", "less"), by_points=True),
+    Metric("accuracy", "Accuracy", "accuracy", _accuracy, _by_points, ("more", "less"), by_points=True),
     Metric("latency_ms_p50", "Latency, median", "latency", _latency("p50"), _by_time, ("faster", "slower")),
     Metric(
         "latency_ms_p90",
@@ -200,16 +213,17 @@ def _metric_row(metric: Metric, candidates: Sequence[Candidate]) -> dict[str, An
     """A figure of every candidate, each but the first with its difference to the first where both are known."""
     found = [metric.find(candidate) for candidate in candidates]
     cells = []
-    for index, (value, interval) in enumerate(found):
+    for index, own in enumerate(found):
         comparable = index > 0 and _comparable(metric, found[0], found[index], candidates[0], candidates[index])
         difference = metric.differ(found[0], found[index]) if comparable else None
         cells.append(
             {
-                "value": value,
-                "ci95": interval,
-                "text": summary.quantity_text(value, metric.key),
+                "value": own.value,
+                "ci95": own.interval,
+                "text": summary.quantity_text(own.value, metric.key),
                 "difference": None if difference is None else difference.to_dict(),
                 "difference_text": "reference" if index == 0 else _difference_text(metric, difference),
+                "images_text": None if difference is None or not difference.paired else pairing_text(difference.paired),
             }
         )
     winners = _winners(metric, found, candidates) if metric.decides else None
@@ -224,15 +238,9 @@ def _metric_row(metric: Metric, candidates: Sequence[Candidate]) -> dict[str, An
 
 
 def _comparable(metric: Metric, one: Found, other: Found, first: Candidate, second: Candidate) -> bool:
-    if one[0] is None or other[0] is None or (not metric.by_points and (one[0] <= 0 or other[0] <= 0)):
+    if one.value is None or other.value is None or (not metric.by_points and (one.value <= 0 or other.value <= 0)):
         return False
-    return not metric.by_points or _same_images(first, second)
-
-
-def _same_images(one: Candidate, other: Candidate) -> bool:
-    prints = [section(candidate.manifest, "data").get("fingerprint") for candidate in (one, other)]
-    splits = [candidate.shipped.get("accuracy_split") for candidate in (one, other)]
-    return prints[0] == prints[1] and splits[0] == splits[1]
+    return not metric.by_points or same_images(first.manifest, second.manifest)
 
 
 def _winners(metric: Metric, found: Sequence[Found], candidates: Sequence[Candidate]) -> list[int] | None:
@@ -240,7 +248,7 @@ def _winners(metric: Metric, found: Sequence[Found], candidates: Sequence[Candid
     every = range(len(found))
     if not all(_comparable(metric, found[0], found[k], candidates[0], candidates[k]) for k in every):
         return None
-    best = (max if metric.by_points else min)(every, key=lambda k: found[k][0] or 0.0)
+    best = (max if metric.by_points else min)(every, key=lambda k: found[k].value or 0.0)
     return [k for k in every if k == best or metric.differ(found[k], found[best]).better != "this"]
 
 
@@ -250,7 +258,7 @@ def _margin(metric: Metric, found: Sequence[Found], winners: Sequence[int]) -> s
         return None
     best = winners[0]
     others = [k for k in range(len(found)) if k != best]
-    next_one = (max if metric.by_points else min)(others, key=lambda k: found[k][0] or 0.0)
+    next_one = (max if metric.by_points else min)(others, key=lambda k: found[k].value or 0.0)
     return _difference_text(metric, metric.differ(found[next_one], found[best]))
 
 
@@ -310,14 +318,18 @@ def _notes(candidates: Sequence[Candidate]) -> list[str]:
     notes = []
     first = candidates[0]
     for other in candidates[1:]:
-        if not _same_images(first, other):
-            named = f"{first.name} and {other.name}"
+        named = f"{first.name} and {other.name}"
+        if not same_images(first.manifest, other.manifest):
             notes.append(f"{named} were tested on other images, so their accuracies are not compared.")
+        elif any(_accuracy(candidate).right is None for candidate in (first, other)):
+            notes.append(
+                f"{named} were tested on the same images, but one of them did not keep which it got right, so their "
+                "accuracies are compared like those of other images, with a wider interval; a new run narrows it."
+            )
         if not (first.profile.get("measured") and other.profile.get("measured")):
             continue
         machines = [section(c.profile, "device").get("summary") for c in (first, other)]
         if machines[0] != machines[1]:
-            named = f"{first.name} and {other.name}"
             notes.append(f"Latencies of {named} come from two machines: {machines[0]}; {machines[1]}.")
             continue
         loops = [number(section(c.profile, "noise").get("reference_ms")) for c in (first, other)]

@@ -9,7 +9,7 @@ one.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,16 +18,21 @@ SAME_WITHIN = 0.005  # exact values this close, as a share, are called the same
 
 @dataclass(frozen=True)
 class Difference:
-    """`value` compares another candidate with a reference; `better` is whose side the whole interval is on."""
+    """`value` compares another candidate with a reference; `better` is whose side the whole interval is on.
+
+    `paired` says which images made the difference, where both were judged on the same ones.
+    """
 
     value: float
     low: float
     high: float
     better: Literal["this", "reference", "neither"]
+    paired: Mapping[str, object] | None = None
 
     def to_dict(self) -> dict[str, object]:
         """As JSON holds it."""
-        return {"value": self.value, "ci95": [self.low, self.high], "better": self.better}
+        known = {} if self.paired is None else {"paired": dict(self.paired)}
+        return {"value": self.value, "ci95": [self.low, self.high], "better": self.better, **known}
 
 
 def accuracy_difference(
@@ -35,7 +40,7 @@ def accuracy_difference(
 ) -> Difference:
     """Other less reference, in points, of two independent proportions (Newcombe, 1998, method 10).
 
-    On the same images the truth is narrower, so what this calls different is.
+    For the same images `paired_difference` is narrower; what this calls different, is.
     """
     value = other - reference
     low = value - math.hypot(other - other_ci95[0], reference_ci95[1] - reference)

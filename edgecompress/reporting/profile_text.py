@@ -76,7 +76,7 @@ def comparison_table(document: Json) -> Table:
     table = plain_table("Side by side", [("", False), *((f"{k}: {name}", True) for k, name in enumerate(names, 1))])
     for row in entries(document, "metrics"):
         cells = [
-            cell["text"] if k == 0 else f"{cell['text']}\n{cell['difference_text']}"
+            "\n".join(filter(None, [cell["text"], *((cell["difference_text"], cell["images_text"]) if k else ())]))
             for k, cell in enumerate(row["cells"])
         ]
         table.add_row(row["label"], *(Text(cell) for cell in cells))

@@ -40,7 +40,7 @@ from edgecompress.steps.run_state import (
     last_float_id,
     recipe_document,
     require_same_data,
-    save_logits,
+    save_answers,
     seed_everything,
 )
 from edgecompress.steps.stage_cache import StageCache
@@ -220,7 +220,7 @@ def _evaluate(
     # A copy, since a layout stays: a later stage would compute other last bits than one that goes on from disk.
     module = copy_of(checkpoint.module).to(memory_format=torch.channels_last)
     logits = collect_logits(module, split, preprocessing, description=f"evaluating {stage_id}")
-    save_logits(run, stage_id, logits)
+    save_answers(run, stage_id, logits, split.labels)
     cost = cost_entry(run, checkpoint, stage_id, example_input(checkpoint.architecture))
     return evaluation_entry(logits, split.labels, data.report_split) | cost
 

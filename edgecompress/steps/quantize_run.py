@@ -26,7 +26,7 @@ from edgecompress.settings.recipe import QatStage, QuantizeStage, Recipe
 from edgecompress.settings.target import Target, own_target
 from edgecompress.stages.train_stages import PreparedSplits, qat_stage
 from edgecompress.steps.placement_run import Placed, confirmed, held_out, limits_of, place, with_float_layers
-from edgecompress.steps.run_state import cost_entry, decision_of, evaluation_entry, record_decision, save_logits
+from edgecompress.steps.run_state import cost_entry, decision_of, evaluation_entry, record_decision, save_answers
 from edgecompress.steps.training_context import stage_progress, training_context
 from edgecompress.training.evaluate import collect_logits
 
@@ -148,7 +148,7 @@ def run_quantize_stage(
     preprocessing = current.architecture.preprocessing
     split = splits.get(data.report_split, preprocessing)
     logits = collect_logits(model.simulation(), split, preprocessing, description=f"evaluating {stage.id}")
-    save_logits(run, stage.id, logits)
+    save_answers(run, stage.id, logits, split.labels)
     name = target.name if target else "this machine"
     run.update_manifest(lambda m: record_decision(m, f"int8_scheme:{name}", scheme.to_dict(), why))
     float_layers = f", {len(model.float_layers)} in float" if model.float_layers else ""

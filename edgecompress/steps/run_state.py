@@ -18,7 +18,7 @@ from edgecompress.data.run_data import ImageData
 from edgecompress.errors import DataError, RunError
 from edgecompress.models.checkpoint import Checkpoint, load_checkpoint
 from edgecompress.models.complexity import compressed_size_bytes, measure_complexity
-from edgecompress.run_directory import Json, RunDirectory, atomic_path, read_array
+from edgecompress.run_directory import RIGHT_FILE, Json, RunDirectory, atomic_path, read_array
 from edgecompress.settings.configuration import apply_overrides, validate
 from edgecompress.settings.named_code import require_all_named
 from edgecompress.settings.recipe import INITIAL_ID, QuantizeStage, Recipe
@@ -81,11 +81,15 @@ def report_indices(data: ImageData, recipe: Recipe) -> np.ndarray[Any, np.dtype[
     return np.sort(generator.choice(total, size=recipe.gates.max_samples, replace=False)).astype(np.int64)
 
 
-def save_logits(run: RunDirectory, stage_id: str, logits: Tensor) -> None:
-    """Keep a stage's logits on the report split, float32 [samples, classes], so that parity need not run it again."""
-    with atomic_path(run.stage(stage_id) / "logits.npy") as temporary:
-        with temporary.open("wb") as stream:
-            np.save(stream, logits.numpy().astype(np.float32))
+def save_answers(run: RunDirectory, stage_id: str, logits: Tensor, labels: Tensor) -> None:
+    """Keep a stage's logits on the report split, float32 [samples, classes], and which of them are right.
+
+    Parity need not run the stage again, and `compare` holds runs against each other image by image.
+    """
+    right = (logits.argmax(dim=1) == labels).numpy()
+    for name, array in (("logits.npy", logits.numpy().astype(np.float32)), (RIGHT_FILE, right)):
+        with atomic_path(run.stage(stage_id) / name) as temporary, temporary.open("wb") as stream:
+            np.save(stream, array)
 
 
 def load_logits(run: RunDirectory, stage_id: str) -> np.ndarray[Any, np.dtype[np.float32]]:
