@@ -83,6 +83,7 @@ QUICK = [
     ("doctor", "doctor --no-gate"),
     ("init", "init first.yaml --data digits"),
     ("runs", "runs list"),
+    ("trust", "trust"),
 ]
 
 

@@ -45,6 +45,8 @@ def trust(
         return {"file": str(names_file()), "named": named_code()}
 
     def show(document: Json) -> None:
+        if not document["named"]:
+            typer.echo("no function is named yet; name one after looking at it: edgecompress trust nets.py:build")
         for name in document["named"]:
             typer.echo(name)
 

@@ -13,7 +13,7 @@ from typing import Any
 from edgecompress.errors import ConfigurationError
 from edgecompress.reporting import summary
 from edgecompress.reporting.accuracy_pairs import Right, paired_difference, pairing_text, right_answers, same_images
-from edgecompress.reporting.differences import Difference, accuracy_difference, size_ratio, time_ratio
+from edgecompress.reporting.differences import SAME_WITHIN, Difference, accuracy_difference, size_ratio, time_ratio
 from edgecompress.reporting.fact_rows import command_text, run_words
 from edgecompress.reporting.figures import figures_of, latency_trade_off, size_trade_off
 from edgecompress.reporting.report_facts import report_document
@@ -270,7 +270,7 @@ def _difference_text(metric: Metric, difference: Difference | None) -> str:
         low, high = summary.points_text(difference.low), summary.points_text(difference.high)
         return f"{summary.points_text(difference.value)} points [{low}, {high}]"
     value, low_end, high_end = difference.value, difference.low, difference.high
-    if difference.better == "neither" and low_end == high_end:
+    if max(abs(low_end - 1), abs(high_end - 1)) <= SAME_WITHIN:
         return "the same"
     word = better
     if value < 1:
@@ -306,7 +306,10 @@ def _sentence(metrics: Sequence[Mapping[str, Any]], candidates: Sequence[Candida
     if open_ones:
         parts.append(f"{_listed(open_ones)} cannot be compared")
     text = "; ".join(parts)
-    return f"{text[:1].upper()}{text[1:]}." if text else "Nothing was measured that could be compared."
+    if not text:
+        return "Nothing was measured that could be compared."
+    begins_with_a_name = len(wins) == 1 and not open_ones
+    return f"{text}." if begins_with_a_name else f"{text[:1].upper()}{text[1:]}."
 
 
 def _listed(words: Sequence[str]) -> str:
