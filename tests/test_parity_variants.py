@@ -154,3 +154,30 @@ def test_wrong_preprocessing_inside_is_a_failure(exported: Exported, tmp_path: P
     assert not check["passed"]
     assert check["gate"] == "inside_preprocessing_min_top1_agreement"
     assert "agrees with the Python pipeline on" in check["sentence"]
+
+
+def test_int8_inside_must_be_as_close_to_float_as_the_plain_file(exported: Exported, tmp_path: Path) -> None:
+    files = {name: tmp_path / f"{name}.onnx" for name in exported.files}
+    for name, path in files.items():
+        export_with_preprocessing(exported.files[name], path)
+    labels = np.zeros(16, np.int64)
+    # Two images of which the plain file says something else, and rightly as rarely: no loss.
+    other = exported.usual["int8"].copy()
+    other[:2] = -other[:2]
+    found, _ = compare_with_preprocessing(files, exported.usual | {"int8": other}, exported.subset, labels, GATES)
+    assert found["int8"]["top1_agreement"] <= 14 / 16
+    assert found["int8"]["won"] == 2
+    assert found["int8"]["passed"]
+    # An int8 file that sees other pixels than fp32 does is caught, whatever fp32 says.
+    model = onnx.load(exported.files["int8"])
+    for entry in model.metadata_props:
+        if entry.key == "edgecompress.preprocessing":
+            entry.value = entry.value.replace("[0.5, 0.4, 0.3]", "[0.0, 0.4, 1.3]")
+    onnx.save(model, tmp_path / "plain.onnx")
+    export_with_preprocessing(tmp_path / "plain.onnx", files["int8"])
+    failed, _ = compare_with_preprocessing(files, exported.usual, exported.subset, labels, GATES)
+    assert failed["fp32"]["passed"]
+    assert not failed["int8"]["passed"]
+    assert failed["int8"]["lost"] > failed["int8"]["won"]
+    (check,) = failed["checks"]
+    assert check["sentence"].startswith("int8 with preprocessing inside agrees with fp32 on ")

@@ -71,7 +71,8 @@ class Preprocessing:
         With `crop_fraction` below 1, the shorter side is resized to round(input_size / crop_fraction) and the centre
         is cut out: the same pixels as torchvision's and timm's evaluation transforms. With 1 nothing is cut off: the
         whole image is resized to the square, so an oblong one is squashed. Transparent pixels become white; 16-bit
-        grey is scaled to 8 bits; EXIF rotation is not applied, as in torchvision and timm.
+        grey is scaled to 8 bits; EXIF rotation is not applied, as in torchvision and timm. Along the width first, then
+        along the height, whatever PIL's version (see `_resize`).
 
         Raises ValueError for pixels that have no 8-bit meaning, and PIL's DecompressionBombError when the resized
         image would be larger than PIL allows.
@@ -80,11 +81,11 @@ class Preprocessing:
         resampling = _RESAMPLING[self.interpolation]
         size = self.input_size
         if self.crop_fraction == 1.0:
-            image = image.resize((size, size), resampling)
+            image = _resize(image, size, size, resampling)
         else:
             width, height = self._resized(image.width, image.height)
             left, top = round((width - size) / 2.0), round((height - size) / 2.0)
-            image = image.resize((width, height), resampling).crop((left, top, left + size, top + size))
+            image = _resize(image, width, height, resampling).crop((left, top, left + size, top + size))
         pixels = np.asarray(image, dtype=np.uint8)
         return np.array(pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1), order="C")
 
@@ -126,6 +127,16 @@ class Preprocessing:
         if Image.MAX_IMAGE_PIXELS is not None and shorter * longer > Image.MAX_IMAGE_PIXELS:
             raise Image.DecompressionBombError(f"a {width} x {height} image would be resized to {shorter} x {longer}")
         return (shorter, longer) if width <= height else (longer, shorter)
+
+
+def _resize(image: Image.Image, width: int, height: int, resampling: Image.Resampling) -> Image.Image:
+    """Resize along the width, then along the height, rounding to 8 bits in between.
+
+    PIL did just that up to version 12; from 13 on it takes the height first where that is cheaper, which rounds other
+    numbers: one grey level in one pixel of seven. A model must see the same pixels with whatever PIL the device has,
+    and in a graph with its preprocessing inside, whose Resize goes along the width first as well.
+    """
+    return image.resize((width, image.height), resampling).resize((width, height), resampling)
 
 
 def whole_image(image: Image.Image, channels: int) -> np.ndarray:

@@ -4,10 +4,11 @@ What enters: an exported model that reads normalized floats, and the preprocessi
 same model reading `input`, uint8 [N, H, W, C] of any size, with resize, centre crop and normalization in front, and
 softmax and top-k behind if asked. So a device needs no image library that happens to resize as PIL does.
 
-ONNX's Resize with `antialias` and `exclude_outside` on uint8 is PIL's own algorithm: a pass along each axis, weights
-normalized at the border, rounded to 8 bits between the passes. Where both go along the width first, few pixels in ten
-thousand differ, by one grey level; PIL 13 takes the height first where that is cheaper, which rounds other numbers.
-With float32 instead, one pixel in seven differs.
+ONNX's Resize with `antialias` and `exclude_outside` on uint8 is PIL's own algorithm: a pass along each axis, width
+first as `Preprocessing` goes, weights normalized at the border, rounded to 8 bits between the passes. What differs is
+sums that lie on the edge between two grey levels, by one level, since its weights are float32 and PIL's double: a few
+pixels in ten thousand, more where the ratio of the sizes is simple (3 in a hundred from 224 to 256). With float32
+pixels instead, one in seven differs.
 """
 
 from __future__ import annotations

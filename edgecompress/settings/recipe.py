@@ -149,7 +149,8 @@ class Gates(FrozenSettings):
     int8_min_top1_agreement: ClosedFraction = Field(default=0.95, description="int8 ONNX against fp32 ONNX")
     torch_int8_min_top1_agreement: ClosedFraction = Field(default=0.995, description="int8 ONNX against int8 PyTorch")
     preprocessing_min_top1_agreement: ClosedFraction = Field(
-        default=0.995, description="the file with preprocessing inside, against PIL and the file without"
+        default=0.995,
+        description="preprocessing inside against PIL: fp32's answers; for int8, how often it agrees with fp32",
     )
     max_class_accuracy_drop: ClosedFraction = Field(
         default=0.1, description="worst class, int8 against fp32; fails only where the drop is more than chance"
