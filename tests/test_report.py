@@ -544,3 +544,22 @@ def test_a_line_of_metrics_that_is_no_json_is_named(tmp_path: Path) -> None:
     (run.path / "metrics.jsonl").write_text("{}\nnot json\n")
     with pytest.raises(RunError, match=r"metrics\.jsonl: a line of it is no JSON"):
         report_document(run, "x86")
+
+
+def test_a_stage_without_latency_says_why(tmp_path: Path) -> None:
+    """Of the stages only the baseline, the last float one and int8 are exported; a dash would look like a fault."""
+    stages = copy.deepcopy(MANIFEST["stages"])
+    middle = {**stages[1], "id": "halfway"}
+    running = {"id": "late", "kind": "train", "status": "pending"}
+    run = make_run(
+        tmp_path / "run", manifest={"stages": [stages[0], middle, *stages[1:], running]}, profile=BASELINE_PROFILE
+    )
+    rows = {row["id"]: row["unmeasured"] for row in report_document(run, "x86")["gain"]["stages"]}
+    assert rows == {"dense": None, "halfway": "not exported", "pruned": None, "int8": None, "late": None}
+    paths = write_report(run, "x86")
+    assert paths.html is not None
+    assert paths.markdown is not None
+    assert paths.html.read_text(encoding="utf-8").count('<span class="muted">not exported</span>') == 2
+    assert "| not exported | not exported |" in paths.markdown.read_text(encoding="utf-8")
+    elsewhere = make_run(tmp_path / "far", manifest={}, profile=PROFILE | {"measured": False, "models": {}})
+    assert {row["unmeasured"] for row in report_document(elsewhere, "x86")["gain"]["stages"]} == {"not measured"}

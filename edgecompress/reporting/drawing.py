@@ -18,7 +18,7 @@ from markupsafe import Markup, escape
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from edgecompress.reporting.summary import Json, number_text, printable
 from edgecompress.reporting.typography import typographic
@@ -26,6 +26,7 @@ from edgecompress.reporting.typography import typographic
 WIDTH, HEIGHT, ROW = 400.0, 270.0, 36.0  # in SVG units, of which a phone shows nearly one a pixel
 _FONT = 11.0
 _LEFT, _RIGHT, _TOP, _BOTTOM = 48.0, 12.0, 10.0, 44.0
+_MOST_TICKS = 8
 _NAME_CHARACTERS = 30
 # Colours that exist only to be replaced: each stands for a CSS variable of report.css.
 _INK, _SOFT, _LINE = "#000001", "#000002", "#000003"
@@ -163,6 +164,9 @@ def _axis(axes: Axes, which: str, facts: Json) -> None:
         axis.set_tick_params(which="minor", length=0)
     else:
         axis.set_major_locator(MaxNLocator(nbins=5, integer=bool(facts.get("whole")), steps=[1, 2, 2.5, 5, 10]))
+    ticks = facts.get("ticks") or []
+    if 0 < len(ticks) <= _MOST_TICKS:  # the few values that were measured, rather than round ones between them
+        axis.set_major_locator(FixedLocator(ticks))
     axis.set_major_formatter(FuncFormatter(lambda value, _: _tick_text(value)))
 
 

@@ -31,7 +31,7 @@ def gain_facts(stages: Sequence[Json], profile: Json, budgets: Sequence[Json], p
         "speed": summary.speed_sentence(profile),
         "sparsity": sparsity_sentence(stages),
         "changes": _changes(stages, profile),
-        "stages": [_stage(row) for row in rows],
+        "stages": [{**_stage(row), "unmeasured": _unmeasured(row, profile)} for row in rows],
         "models": summary.model_rows(profile),
         "model_columns": [{"key": key, "title": title} for key, title in summary.model_columns(profile)],
         "figures": figures_of(
@@ -139,3 +139,11 @@ def _stage(row: Json) -> dict[str, Any]:
         "is_baseline",
     ]
     return {key: row.get(key) for key in keys}
+
+
+def _unmeasured(row: Json, profile: Json) -> str | None:
+    """Why a stage has no latency and no memory; None where it has them, or is not finished."""
+    if row.get("status") not in ("complete", None) or number(row.get("latency_ms_p50")) is not None:
+        return None
+    exported_alone = row["model"] is None and summary.section(profile, "models")
+    return "not exported" if exported_alone else "not measured"

@@ -155,8 +155,8 @@ def parity_remarks(parity: Json) -> list[str]:
     remarks: list[object] = []
     if number(test.get("p_value")) is not None:
         remarks.append(
-            f"Int8 lost {test.get('lost')} images that fp32 had right and won {test.get('won')} "
-            f"(McNemar's exact test: p = {test['p_value']:.2g})."
+            f"Int8 lost {test.get('lost')} image{'s' * (test.get('lost') != 1)} that fp32 had right "
+            f"and won {test.get('won')} (McNemar's exact test: p = {test['p_value']:.2g})."
         )
     remarks += [worst["sentence"]] if worst.get("sentence") else []
     for precision, answer in section(parity, "ort_format", "mobile_usability").items():

@@ -98,7 +98,7 @@ def scaling_figure(profile: Json, what: str) -> Figure | None:
             "kind": "lines",
             "title": "What more threads bring",
             "description": "Speed against one thread, bars are 95 % intervals; the thin line is perfect scaling.",
-            "x": {"label": "threads", "whole": True},
+            "x": {"label": "threads", "ticks": sorted({x for line in series for x in line["x"]})},
             "y": {"label": "times as fast as one thread"},
             "series": [*ideal, *series],
         }
@@ -107,7 +107,7 @@ def scaling_figure(profile: Json, what: str) -> Figure | None:
         "kind": "lines",
         "title": "What larger batches bring",
         "description": "Images per second against one image at a time, bars are 95 % intervals.",
-        "x": {"label": "images at a time", "log": True},
+        "x": {"label": "images at a time", "log": True, "ticks": sorted({x for line in series for x in line["x"]})},
         "y": {"label": "times the throughput"},
         "series": series,
     }
