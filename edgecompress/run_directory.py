@@ -31,6 +31,7 @@ _REQUIRED: dict[str, type | tuple[type, type]] = {
     **{"stages": (list, dict), "targets": (list, str)},
 }
 _OPTIONAL: dict[str, type | tuple[type, type]] = {
+    **{"recipe_name": str, "started_at": str, "command": str},
     **{"baseline": dict, "data": dict, "model": dict, "exports": dict, "artifacts": dict, "machine": dict},
     **{"gates": (list, dict), "decisions": (list, dict), "notes": (list, str), "overrides": (list, str)},
 }
@@ -257,8 +258,9 @@ def manifest_faults(manifest: Json) -> Iterator[str]:
             return
     # These become names of files and folders.
     names = [*manifest["targets"], *(stage["id"] for stage in manifest["stages"])]
+    names += [manifest["recipe_name"]] if manifest.get("recipe_name") is not None else []
     names += [baseline["id"]] if isinstance(baseline := manifest.get("baseline"), dict) and "id" in baseline else []
-    yield from (f"{name!r} is no name of a target or a stage" for name in names if not is_plain_name(name))
+    yield from (f"{name!r} is no name of a target, a stage or a recipe" for name in names if not is_plain_name(name))
     for key in ("what", "value", "why"):
         if any(key not in decision for decision in manifest.get("decisions") or []):
             yield f"a decision has no {key}"

@@ -254,7 +254,7 @@ def test_a_run_never_leads_timm_to_a_pickle(tmp_path: Path, made: Path, argument
 
 
 @pytest.mark.parametrize("name", ["../../out", "/tmp/x", "a/b", "", ".hidden", "..", "a\\b", "a\nb"])
-@pytest.mark.parametrize("place", ["target", "stage", "baseline"])
+@pytest.mark.parametrize("place", ["target", "stage", "baseline", "recipe"])
 def test_names_in_a_run_lead_nowhere_else(command_line: CommandLine, tmp_path: Path, name: str, place: str) -> None:
     run = make_run(tmp_path / "runs" / "run")
 
@@ -263,11 +263,14 @@ def test_names_in_a_run_lead_nowhere_else(command_line: CommandLine, tmp_path: P
             manifest["targets"] = [name]
         elif place == "stage":
             manifest["stages"][0]["id"] = name
+        elif place == "recipe":
+            manifest["recipe_name"] = name
         else:
             manifest["baseline"]["id"] = name
 
     _edit(run.manifest_path, change)
-    command_line("report", run.path).refusal("is no name of a target or a stage")
+    command_line("bundle", run.path, "--target", "x86", "--output", "o").refusal("is no name of a target")
+    command_line("report", run.path).refusal("is no name of a target, a stage or a recipe")
     assert [path.name for path in tmp_path.iterdir()] == ["runs"]
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["run"]
 

@@ -247,10 +247,23 @@ class PreparedSplit:
         decoded = _decode_ahead(self._items, self._preprocessing, order, ahead=ahead)
         try:
             for positions in chosen:
-                pixels = [_or_raise(next(decoded)) for _ in range(len(positions))]
-                yield torch.from_numpy(np.stack(pixels)), self.labels[positions]
+                pixels = [next(decoded) for _ in range(len(positions))]
+                sound = [result for result in pixels if not isinstance(result, DataError)]
+                if len(sound) < len(pixels):
+                    raise self._undecodable()
+                yield torch.from_numpy(np.stack(sound)), self.labels[positions]
         finally:
             decoded.close()
+
+    def _undecodable(self) -> DataError:
+        """What to raise where an image cannot be decoded: all that cannot, so that they are removed in one go."""
+        order = range(len(self._items))
+        with console.progress(f"looking for more undecodable images in {self.name}", len(order)) as advance:
+            faults = []
+            for result in _decode_ahead(self._items, self._preprocessing, order, ahead=256):
+                faults += [result] if isinstance(result, DataError) else []
+                advance(1)
+        return DataError(f"{_undecodable_summary(self.name, faults, len(order))}:\n{_named_faults(faults)}")
 
 
 def available_memory_bytes(root: Path = Path("/")) -> int:
@@ -314,10 +327,14 @@ def _decode_ahead(
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _or_raise(result: np.ndarray | DataError) -> np.ndarray:
-    if isinstance(result, DataError):
-        raise result
-    return result
+def _undecodable_summary(name: str, faults: Sequence[DataError], total: int) -> str:
+    return f"{name}: {len(faults)} of {total} images cannot be decoded"
+
+
+def _named_faults(faults: Sequence[DataError]) -> str:
+    """The first few, a line each, and how many more there are."""
+    named = "\n".join(f"  {fault}" for fault in faults[:_NAMED_IN_MESSAGES])
+    return named + (f"\n  and {len(faults) - _NAMED_IN_MESSAGES} more" if len(faults) > _NAMED_IN_MESSAGES else "")
 
 
 def _decode_once(split: ImageSplit, preprocessing: Preprocessing) -> tuple[torch.Tensor, torch.Tensor]:
@@ -336,10 +353,8 @@ def _decode_once(split: ImageSplit, preprocessing: Preprocessing) -> tuple[torch
                 kept.append(index)
             advance(1)
     if faults:
-        named = "\n".join(f"  {fault}" for fault in faults[:_NAMED_IN_MESSAGES])
-        more = f"\n  and {len(faults) - _NAMED_IN_MESSAGES} more" if len(faults) > _NAMED_IN_MESSAGES else ""
-        summary = f"{split.name}: {len(faults)} of {len(split)} images cannot be decoded"
+        summary, named = _undecodable_summary(split.name, faults, len(split)), _named_faults(faults)
         if len(faults) > MAX_UNDECODABLE_FRACTION * len(split):
-            raise DataError(f"{summary}:\n{named}{more}")
-        console.warn(f"{summary} and are left out:\n{named}{more}")
+            raise DataError(f"{summary}:\n{named}")
+        console.warn(f"{summary} and are left out:\n{named}")
     return images[: len(kept)], torch.tensor(kept, dtype=torch.int64)

@@ -8,8 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
+
+import numpy as np
 
 from edgecompress.data.preprocessing import Preprocessing
 from edgecompress.device.bench import KIND, SCHEMA_VERSION
@@ -55,9 +59,10 @@ def measured_elsewhere(bench: Json, models: Mapping[str, Path], target: Target, 
             latency=LatencyMeasurement.from_dict(bench["latency"]),
             notes=_notes(measured, models, place),
         )
+        _require_sound(elsewhere)
         reasons = mismatches(target, elsewhere.machine, place=place)
         complete = set(elsewhere.latency.windows_ms) == set(measured)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise ConfigurationError(f"{place}: the results are damaged: {error!r}; measure again") from error
     if not complete:
         raise ConfigurationError(f"{place}: the results are damaged: not every model has latencies; measure again")
@@ -73,6 +78,35 @@ def measured_elsewhere(bench: Json, models: Mapping[str, Path], target: Target, 
             f"{place}: measured with {elsewhere.threads} threads, target {target.name} says {target.threads}"
         )
     return elsewhere
+
+
+def _require_sound(elsewhere: Elsewhere) -> None:
+    """Raises ValueError where a number is none: what is judged here stands in a report as measured."""
+    latency = elsewhere.latency
+    for name, fresh in elsewhere.fresh.items():
+        for key, value in asdict(fresh).items():
+            values: Sequence[object] = value if isinstance(value, (list, tuple)) else [value]
+            optional = key in ("peak_rss_bytes", "peak_rss_bytes_range", "rss_before_load_bytes")
+            wanted = 2 if key.endswith("_range") else 1
+            if not (optional and value is None) and (len(values) != wanted or not all(map(_is_positive, values))):
+                raise ValueError(f"{name}: {key} is no measurement")
+    series = {name: [window for process in rows for window in process] for name, rows in latency.windows_ms.items()}
+    for name, windows in (series | {"reference": list(latency.reference_ms)}).items():
+        if not windows or not all(w.ndim == 1 and w.size and np.isfinite(w).all() and (w > 0).all() for w in windows):
+            raise ValueError(f"{name}: holds latencies that are none")
+    measured = [*latency.windows_ms.values(), *(latency.on_cpu_ms or {}).values()]
+    counts = {tuple(len(process) for process in rows) for rows in measured}
+    if len(counts) != 1 or 0 in next(iter(counts)) or len(next(iter(counts))) != len(latency.reference_ms):
+        raise ValueError("models were measured in different numbers of processes or windows")
+    for rows in (latency.on_cpu_ms or {}).values():
+        if not all(row.ndim == 1 and row.size and np.isfinite(row).all() and (row > 0).all() for row in rows):
+            raise ValueError("times on the CPU are none")
+    if not _is_positive(latency.seconds) or not isinstance(latency.stopped_because, str):
+        raise ValueError("how long was measured is not said")
+
+
+def _is_positive(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and value > 0
 
 
 def _notes(measured: Mapping[str, str], models: Mapping[str, Path], place: str) -> tuple[str, ...]:

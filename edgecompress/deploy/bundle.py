@@ -26,7 +26,7 @@ from edgecompress.errors import ExportError, ModelError, RunError
 from edgecompress.exporting.preprocessing_graph import PIXEL_FORM, embed_preprocessing, input_form
 from edgecompress.exporting.samples import read_prepared
 from edgecompress.models.onnx_files import read_onnx
-from edgecompress.run_directory import Json, RunDirectory, read_json, sha256_of, to_json
+from edgecompress.run_directory import Json, RunDirectory, is_plain_name, read_json, sha256_of, to_json
 from edgecompress.settings.gates import missed_gates
 from edgecompress.settings.target import Target
 
@@ -61,6 +61,8 @@ def write_bundle(
     something else has the name.
     """
     manifest = run.read_manifest()
+    if not is_plain_name(manifest.get("recipe_name")):
+        raise RunError(f"{run.manifest_path}: has no recipe_name that a folder could have; it is damaged")
     name = f"{manifest['recipe_name']}-{target.name}"
     folder, archive = output / name, output / f"{name}.tar.gz"
     _require_room(folder, archive, manifest)

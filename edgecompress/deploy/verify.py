@@ -166,7 +166,7 @@ def _damage(manifest: Json) -> str | None:
         if not isinstance(facts, dict) or not isinstance(facts.get("sha256"), str):
             return f"'{name}' has no sha256"
     used = _used_files(manifest)
-    unlisted = [name for name in used if name not in files]
+    unlisted = [name for name in used if not isinstance(name, str) or name not in files]
     return f"it uses '{unlisted[0]}', which is none of its files" if unlisted else None
 
 
