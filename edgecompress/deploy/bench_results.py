@@ -12,6 +12,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -90,8 +91,10 @@ def _require_sound(elsewhere: Elsewhere) -> None:
             wanted = 2 if key.endswith("_range") else 1
             if not (optional and value is None) and (len(values) != wanted or not all(map(_is_positive, values))):
                 raise ValueError(f"{name}: {key} is no measurement")
-    series = {name: [window for process in rows for window in process] for name, rows in latency.windows_ms.items()}
-    for name, windows in (series | {"reference": list(latency.reference_ms)}).items():
+    series: dict[str, Any] = {
+        name: [window for process in rows for window in process] for name, rows in latency.windows_ms.items()
+    }
+    for name, windows in (series | {"reference": latency.reference_ms}).items():
         if not windows or not all(w.ndim == 1 and w.size and np.isfinite(w).all() and (w > 0).all() for w in windows):
             raise ValueError(f"{name}: holds latencies that are none")
     measured = [*latency.windows_ms.values(), *(latency.on_cpu_ms or {}).values()]
