@@ -97,7 +97,7 @@ def _require_sound(elsewhere: Elsewhere) -> None:
     for name, windows in (series | {"reference": latency.reference_ms}).items():
         if not windows or not all(w.ndim == 1 and w.size and np.isfinite(w).all() and (w > 0).all() for w in windows):
             raise ValueError(f"{name}: holds latencies that are none")
-    measured = [*latency.windows_ms.values(), *(latency.on_cpu_ms or {}).values()]
+    measured: list[Any] = [*latency.windows_ms.values(), *(latency.on_cpu_ms or {}).values()]
     counts = {tuple(len(process) for process in rows) for rows in measured}
     if len(counts) != 1 or 0 in next(iter(counts)) or len(next(iter(counts))) != len(latency.reference_ms):
         raise ValueError("models were measured in different numbers of processes or windows")
