@@ -37,6 +37,23 @@ class _Commands(TyperGroup):
             exit_code = error.exit_code
         sys.exit(exit_code or EXIT_OK)
 
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except typer.BadParameter as error:
+            error.message = _plain(error.message)
+            raise
+
+
+def _plain(message: str) -> str:
+    """A refused option's value, in the words of people: pydantic, which checks values for typer, has its own."""
+    for words, plain in (("Value error, ", ""), ("Input should be ", "must be ")):
+        if message.startswith(words):
+            message = plain + message.removeprefix(words)
+    return message.replace("must be greater than or equal to", "must be at least").replace(
+        "must be less than or equal to", "must be at most"
+    )
+
 
 app = typer.Typer(
     name="edgecompress",

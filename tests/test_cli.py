@@ -129,7 +129,9 @@ def test_show_prints_the_file_comments_included(command_line: CommandLine, folde
 def test_validate(command_line: CommandLine, folder: str, name: str) -> None:
     kind = folder.removesuffix("s")
     answer = command_line(folder, "validate", name)
-    assert (answer.exit_code, answer.stdout) == (0, f"{name}: valid {kind} '{name}'\n")
+    first, then = answer.stdout.splitlines()
+    assert (answer.exit_code, first) == (0, f"{name}: valid {kind} '{name}'")
+    assert then.startswith("next:   edgecompress run ")
     document = json.loads(command_line(folder, "validate", name, "--json").stdout)
     assert document["valid"] is True
     assert document[kind]["name"] == name

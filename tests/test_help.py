@@ -62,6 +62,30 @@ def test_the_nearest_spelling_is_named(command_line: CommandLine, typed: list[st
     assert hint in answer.stderr
 
 
+@pytest.mark.parametrize(
+    ("typed", "words"),
+    [
+        (
+            ["search", "a", "--target", "x86", "--max-accuracy-drop", "0", "--trials", "0"],
+            "'--trials': must be at least 1",
+        ),
+        (
+            ["search", "a", "--target", "x86", "--max-accuracy-drop", "0", "--trials", "x"],
+            "'--trials': must be a valid integer",
+        ),
+        (["sensitivity", "--macs-ratio", "50"], "'--macs-ratio': must be at most 0.99"),
+        (["init", "--data", "digits", "--goal", "speed"], "'--goal': 'speed' is not one of 'int8', 'prune'."),
+        (["init", "--data", "my_images"], "there is no such folder, and no data of that name"),
+    ],
+)
+def test_refused_values_are_named_in_plain_words(command_line: CommandLine, typed: list[str], words: str) -> None:
+    answer = command_line(*typed)
+    assert answer.exit_code == 2
+    assert words in answer.stderr
+    again = command_line(*typed, "--json")
+    assert (again.exit_code, words in again.stdout) == (2, True)
+
+
 def test_the_next_command(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path / "my run")
     (run.path / "profile").mkdir(parents=True)

@@ -52,8 +52,10 @@ def test_an_untouched_bundle_is_verified(command_line: CommandLine, made: Path) 
     for path in (made, made.with_name("tiny-here.tar.gz")):
         answer = command_line("verify", path)
         assert answer.exit_code == 0, answer
-        assert answer.stdout.splitlines()[-2].startswith("verified: ")
-        assert answer.stdout.splitlines()[-1].startswith("next: ")
+        verdict, then = answer.stdout.splitlines()[-2:]
+        assert verdict.startswith("verified: ")
+        assert then.startswith("next:   ")
+        assert "infer.py --self-test" in then
         document = json.loads(command_line("verify", path, "--json").stdout)
         assert document["ok"] is True
         assert [row["passed"] for row in document["self_test"]] == [True, True]
@@ -73,7 +75,8 @@ def test_every_fault_is_named(command_line: CommandLine, folder: Path, packed: b
         pack(folder, path)
     answer = command_line("verify", path)
     assert answer.exit_code == 1
-    lines = [line for line in answer.stdout.splitlines() if not line.startswith("next: ")]
+    *lines, then = answer.stdout.splitlines()
+    assert then.startswith("next:   edgecompress bundle ")
     assert lines[:-2] == [
         "missing: labels.txt",
         "changed: infer.py",

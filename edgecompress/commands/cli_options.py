@@ -28,11 +28,16 @@ RecipeArgument = Annotated[
 RunArgument = Annotated[
     Path | None,
     typer.Argument(
-        metavar="[RUN]", help="A run directory; left out, the newest under runs/.", autocompletion=complete_runs
+        metavar="RUN", help="A run directory; left out, the newest under runs/.", autocompletion=complete_runs
     ),
 ]
 RunsArgument = Annotated[
-    list[Path], typer.Argument(metavar="RUN RUN...", help="Run directories.", autocompletion=complete_runs)
+    list[Path],
+    typer.Argument(
+        metavar="RUN",
+        help="Run directories, two or more; or one that was profiled on several targets.",
+        autocompletion=complete_runs,
+    ),
 ]
 TargetOption = Annotated[
     str,

@@ -54,7 +54,7 @@ def list_command(
 def remove_command(
     paths: Annotated[
         list[Path],
-        typer.Argument(metavar="RUN...", help="Run directories to remove.", autocompletion=complete_runs),
+        typer.Argument(metavar="RUN", help="Run directories to remove.", autocompletion=complete_runs),
     ],
     yes: Annotated[bool, typer.Option("--yes", help="Remove without asking.")] = False,
     as_json: JsonOption = False,

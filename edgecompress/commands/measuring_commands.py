@@ -39,7 +39,7 @@ def profile(
     paths: Annotated[
         list[Path] | None,
         typer.Argument(
-            metavar="[RUN | FILE.onnx ...]",
+            metavar="RUN|FILE.onnx",
             help="A run directory (left out, the newest under runs/), or any ONNX files, the first as the reference.",
             autocompletion=complete_runs,
         ),

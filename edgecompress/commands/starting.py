@@ -27,7 +27,7 @@ app = typer.Typer()
 @app.command()
 def init(
     output: Annotated[
-        Path | None, typer.Argument(metavar="[FILE]", help="The recipe to write; left out, named after the data.")
+        Path | None, typer.Argument(metavar="FILE", help="The recipe to write; left out, named after the data.")
     ] = None,
     data: Annotated[
         str | None, typer.Option("--data", help="An image folder (train/<class>/*.jpg), or digits, cifar10, ...")
@@ -141,14 +141,21 @@ def write_first_files(
     if target is not None:
         load_target(target)
 
+    from edgecompress.data.data_sources import SOURCES
     from edgecompress.run_directory import write_text
     from edgecompress.settings.model_settings import ModelSettings, PreprocessingSettings
     from edgecompress.settings.recipe import DataSettings
+    from edgecompress.settings.spelling import did_you_mean
     from edgecompress.settings.target_detection import detected_target, write_target
+    from edgecompress.settings.user_code import is_user_code
     from edgecompress.steps.first_look import look_at_data, look_at_model
     from edgecompress.steps.first_recipe import Wanted, first_recipe
 
     is_folder = Path(data).expanduser().is_dir()
+    if not is_folder and data not in SOURCES and not is_user_code(data):
+        raise ConfigurationError(
+            f"--data {data}: there is no such folder, and no data of that name{did_you_mean(data, SOURCES)}"
+        )
     source = {"name": "image_folder", "root": Path(data)} if is_folder else {"name": data}
     data_settings = DataSettings.model_validate(source | {"class_index": class_index})
     images, seen = look_at_data(data_settings)

@@ -23,7 +23,7 @@ app = typer.Typer()
 @app.command()
 def trust(
     references: Annotated[
-        list[str] | None, typer.Argument(metavar="[FILE.py:FUNCTION ...]", help="Left out, the list is shown.")
+        list[str] | None, typer.Argument(metavar="FILE.py:FUNCTION", help="Left out, the list is shown.")
     ] = None,
     as_json: JsonOption = False,
     no_gate: NoGateOption = False,
