@@ -252,7 +252,7 @@ def test_python_is_valid(name: str, text: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)  # a minute of work, and a machine may be busy
+@pytest.mark.timeout(1800)  # a minute and a half of work, and a machine may be busy
 def test_the_code_of_the_python_page_runs(tmp_path: Path) -> None:
     script = tmp_path / "page.py"
     script.write_text("\n".join(blocks(page("python.md"), "python")), encoding="utf-8")

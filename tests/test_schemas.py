@@ -160,6 +160,7 @@ LINE: list[tuple[str, list[str]]] = [
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # a minute and a half of work, and a machine may be busy
 def test_documents_of_a_run_of_all_that_looks_at_it_and_of_a_search(command_line: CommandLine, tmp_path: Path) -> None:
     for name, words in LINE:
         answer = command_line(*words, "--no-gate", "--json")
