@@ -19,7 +19,7 @@ from edgecompress import console, pipeline
 from edgecompress.deploy.remote import Host
 from edgecompress.deploy.verify import Verification
 from edgecompress.deploy.verify import verify as check
-from edgecompress.errors import ConfigurationError
+from edgecompress.errors import ConfigurationError, machine_faults
 from edgecompress.findings import (
     Int8Diagnosis,
     SearchResult,
@@ -327,7 +327,7 @@ def open_run(run: Name | None = None) -> RunResult:
 @contextmanager
 def _call(progress: bool) -> Iterator[None]:
     """What holds while a function of this module works, and is put back afterwards."""
-    with console.quiet(not progress), console.library_logs_silenced():
+    with machine_faults(), console.quiet(not progress), console.library_logs_silenced():
         yield
 
 

@@ -6,6 +6,7 @@
     │   ├── DataError               a data set that is missing, empty or inconsistent
     │   ├── ModelError              an unknown model, or a checkpoint that does not fit it
     │   └── RunError                no run, an unfinished run, or a run that would be overwritten
+    ├── MachineError                exit 1: disk, memory or open files that the machine did not give
     └── StageError                  exit 1: a stage began and could not finish
         ├── TrainingError           a loss that is not finite, nothing to train
         ├── EvaluationError         logits that are not finite
@@ -20,6 +21,10 @@ Each message says where the fault is, what it is, and how to mend it.
 """
 
 from __future__ import annotations
+
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 EXIT_OK = 0
 EXIT_STAGE_FAILED = 1
@@ -85,3 +90,44 @@ class ParityError(StageError):
 
 class ProfileError(StageError):
     """A measurement that could not be made."""
+
+
+class MachineError(EdgeCompressError):
+    """The machine did not give what the work needs: disk, memory, open files. What was finished before is kept."""
+
+
+_REMEDIES = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free some space, then give the same command again"),
+    **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), "make it writable, or choose another folder"),
+    **dict.fromkeys((errno.EMFILE, errno.ENFILE), "raise the limit (ulimit -n), or end other programs"),
+    errno.ENOMEM: "end other programs, raise the limit, or use a smaller batch or model",
+    errno.EIO: "the disk may be failing: look at the system's log, then give the same command again",
+}
+# What libraries that are not written in Python say of the same faults, in errors of their own.
+_FOREIGN_WORDS = {
+    **dict.fromkeys(("No space left on device", "os error 28"), errno.ENOSPC),
+    "PytorchStreamWriter failed writing": errno.EIO,
+    **dict.fromkeys(("can't allocate memory", "Cannot allocate memory", "bad_alloc"), errno.ENOMEM),
+    **dict.fromkeys(("Too many open files", "os error 24"), errno.EMFILE),
+}
+
+
+@contextmanager
+def machine_faults() -> Iterator[None]:
+    """Within the block, what the machine refuses is a MachineError that says what, where, and what to do."""
+    try:
+        yield
+    except EdgeCompressError:
+        raise
+    except OSError as error:
+        place = f"{error.filename}: " if error.filename is not None else ""
+        remedy = _REMEDIES.get(error.errno or 0, "mend that, then give the same command again")
+        raise MachineError(f"{place}{error.strerror or error}; {remedy}") from error
+    except MemoryError as error:
+        raise MachineError(f"not enough memory; {_REMEDIES[errno.ENOMEM]}") from error
+    except Exception as error:  # each library has exceptions of its own, with no base but this
+        found = next((number for words, number in _FOREIGN_WORDS.items() if words in str(error)), None)
+        if found is None:
+            raise
+        first = str(error).strip().splitlines()[0]
+        raise MachineError(f"{first}; {_REMEDIES[found]}") from error

@@ -7,18 +7,20 @@ the command line see the whole pipeline.
 from __future__ import annotations
 
 import contextlib
+import errno
+import functools
 import math
 import reprlib
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Literal
+from typing import Concatenate, Literal, ParamSpec, TypeVar
 
-from edgecompress import console
+from edgecompress import __version__, console
 from edgecompress.deploy.bundle import Bundle, write_bundle
 from edgecompress.deploy.remote import Host
 from edgecompress.errors import ConfigurationError, InputError, RunError
@@ -30,7 +32,17 @@ from edgecompress.measure.runtime_options import parse_providers
 from edgecompress.measure.sweeps import parse_sweeps
 from edgecompress.reporting.comparison import comparison_document
 from edgecompress.reporting.report_page import FORMATS, ReportPaths, write_pages, write_report
-from edgecompress.run_directory import RUNS_ROOT, Json, RunDirectory, new_run_path, open_run, read_json, write_json
+from edgecompress.run_directory import (
+    LOCK_FILE,
+    RUNS_ROOT,
+    Json,
+    RunDirectory,
+    alone_in,
+    new_run_path,
+    open_run,
+    read_json,
+    write_json,
+)
 from edgecompress.searching.order import SearchOrder
 from edgecompress.searching.plan_search import search_plan
 from edgecompress.settings.gates import missed_gates
@@ -51,6 +63,9 @@ from edgecompress.steps.stage_cache import StageCache
 from edgecompress.training import workers
 from edgecompress.training.tracking import require_trackers, tracked
 
+Words = ParamSpec("Words")
+Result = TypeVar("Result")
+_NO_PLACE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EEXIST)
 INT8_IMAGES, CHANNEL_IMAGES = 32, 256  # held-out images of sensitivity; accuracy needs more of them than decibels
 
 
@@ -75,6 +90,20 @@ class Outcome:
         return workers.rank() == 0
 
 
+def _alone(
+    command: Callable[Concatenate[Path | None, Words], Result],
+) -> Callable[Concatenate[Path | None, Words], Result]:
+    """A command that changes a run, while no other command does. Raises RunError where one is at it."""
+
+    @functools.wraps(command)
+    def work(path: Path | None, /, *args: Words.args, **words: Words.kwargs) -> Result:
+        run = open_run(path)
+        with alone_in(run.path):
+            return command(run.path, *args, **words)
+
+    return work
+
+
 def apply(
     recipe_source: str,
     *,
@@ -94,19 +123,20 @@ def apply(
     names = [resolved.name] if resolved else []
     if workers.rank() != 0:
         return _train_along(recipe, resolved, output, resume)
-    started = _start(recipe, recipe_source, overrides, names, output, resume, command)
-    workers.wait_for_everyone()
-    run = started.directory
-    if run.read_manifest()["status"] == "complete":
-        return _already_complete(run)
-    with _recorded(started), tracked(track, run.path, recipe_document(recipe)) as tracking:
-        manifest = apply_recipe(recipe, run, resolved, cache=stages, watch=tracking.watch if tracking else None)
-        if tracking is not None:
-            tracking.results(manifest, {})
-    manifest = run.read_manifest()
-    return Outcome(run, manifest, missed_gates(manifest))
+    with _start(recipe, recipe_source, overrides, names, output, resume, command) as started:
+        workers.wait_for_everyone()
+        run = started.directory
+        if run.read_manifest()["status"] == "complete":
+            return _already_complete(run)
+        with _recorded(started), tracked(track, run.path, recipe_document(recipe)) as tracking:
+            manifest = apply_recipe(recipe, run, resolved, cache=stages, watch=tracking.watch if tracking else None)
+            if tracking is not None:
+                tracking.results(manifest, {})
+        manifest = run.read_manifest()
+        return Outcome(run, manifest, missed_gates(manifest))
 
 
+@_alone
 def export(
     path: Path | None,
     *,
@@ -127,6 +157,7 @@ def export(
     return Outcome(run, manifest, missed_gates(manifest, resolved.name))
 
 
+@_alone
 def profile(
     path: Path | None,
     *,
@@ -179,6 +210,7 @@ def profile_files(
     return document
 
 
+@_alone
 def report(path: Path | None, *, target: str | None = None, formats: Sequence[str] = FORMATS) -> Outcome:
     """Write the report of one target, or of every target that was profiled, in the given formats."""
     run = open_run(path)
@@ -204,6 +236,7 @@ def compare(
     return document, write_pages(document, folder / "comparison.html", "comparison", formats)
 
 
+@_alone
 def bundle(
     path: Path | None, *, target: str, output: Path | None, preprocessing_inside: bool
 ) -> tuple[Outcome, Bundle]:
@@ -233,6 +266,7 @@ def _with_artifacts(run: RunDirectory) -> Json:
     return run.update_manifest(lambda m: m.update(artifacts=run.artifacts()))
 
 
+@_alone
 def sensitivity(
     path: Path | None,
     *,
@@ -265,6 +299,7 @@ def sensitivity(
     return Outcome(run, run.read_manifest()), document
 
 
+@_alone
 def debug_int8(path: Path | None, *, target: str | None, images: int, worst: int) -> tuple[Outcome, Json]:
     """Why the worst layers of a run's int8 model lose; returns the content of debug.json beside the outcome."""
     run = open_run(path)
@@ -295,31 +330,33 @@ def run(
     names = [target.name for target in resolved]
     if workers.rank() != 0:
         return _train_along(recipe, resolved[0], output, resume)
-    started = _start(recipe, recipe_source, overrides, names, output, resume, command)
-    workers.wait_for_everyone()
-    directory = started.directory
-    profiled = all(directory.profile_path(name).is_file() for name in names)  # `apply` alone leaves a complete run too
-    if directory.read_manifest()["status"] == "complete" and profiled:
-        return _already_complete(directory)
-    profiles: dict[str, Json] = {}
-    reports: dict[str, ReportPaths] = {}
-    how: Json = {"seconds": seconds, "thoroughness": thoroughness}
-    with _recorded(started), tracked(track, directory.path, recipe_document(recipe)) as tracking:
-        apply_recipe(recipe, directory, resolved[0], cache=stages, watch=tracking.watch if tracking else None)
+    with _start(recipe, recipe_source, overrides, names, output, resume, command) as started:
+        workers.wait_for_everyone()
+        directory = started.directory
+        profiled = all(
+            directory.profile_path(name).is_file() for name in names
+        )  # `apply` alone leaves a complete run too
+        if directory.read_manifest()["status"] == "complete" and profiled:
+            return _already_complete(directory)
+        profiles: dict[str, Json] = {}
+        reports: dict[str, ReportPaths] = {}
+        how: Json = {"seconds": seconds, "thoroughness": thoroughness}
+        with _recorded(started), tracked(track, directory.path, recipe_document(recipe)) as tracking:
+            apply_recipe(recipe, directory, resolved[0], cache=stages, watch=tracking.watch if tracking else None)
+            for target in resolved:
+                folder = export_folder(directory, target)
+                export_run(directory, target, int8=True, with_preprocessing=with_preprocessing)
+                profiles[target.name] = profile_run(directory, target, folder=folder, depth=Depth(), **how)
+            if tracking is not None:
+                tracking.results(directory.read_manifest(), profiles)
+        # The report is written last, so that it says "complete".
         for target in resolved:
-            folder = export_folder(directory, target)
-            export_run(directory, target, int8=True, with_preprocessing=with_preprocessing)
-            profiles[target.name] = profile_run(directory, target, folder=folder, depth=Depth(), **how)
-        if tracking is not None:
-            tracking.results(directory.read_manifest(), profiles)
-    # The report is written last, so that it says "complete".
-    for target in resolved:
-        reports[target.name] = write_report(directory, target.name)
-    manifest = _with_artifacts(directory)
-    judged = [name for name, profile in profiles.items() if profile["measured"]]
-    missed = missed_gates(manifest, without_speed_on=judged)
-    missed += [text for profile in profiles.values() for text in profile["missed"]]
-    return Outcome(directory, manifest, list(dict.fromkeys(missed)), profiles, reports)
+            reports[target.name] = write_report(directory, target.name)
+        manifest = _with_artifacts(directory)
+        judged = [name for name, profile in profiles.items() if profile["measured"]]
+        missed = missed_gates(manifest, without_speed_on=judged)
+        missed += [text for profile in profiles.values() for text in profile["missed"]]
+        return Outcome(directory, manifest, list(dict.fromkeys(missed)), profiles, reports)
 
 
 def plan(
@@ -413,6 +450,7 @@ class _Started:
                 RUNS_ROOT.rmdir()
 
 
+@contextmanager
 def _start(
     recipe: Recipe,
     source: str,
@@ -421,22 +459,49 @@ def _start(
     output: Path | None,
     resume: bool,
     command: str,
-) -> _Started:
-    """A new run directory, or with `resume` the one that is there. Nothing is overwritten unasked."""
-    directory, has_run, has_folder = _place(recipe, output, resume)
-    if has_run:
-        manifest = directory.read_manifest()
-        missing = [name for name in targets if name not in manifest["targets"]]
-        if missing:
-            directory.update_manifest(lambda m: m.update(targets=[*m["targets"], *missing], status="running"))
-        return _Started(directory)
-    manifest = start_manifest(recipe, source=source, overrides=list(overrides), targets=targets, command=command)
-    try:
-        directory.path.mkdir(parents=True, exist_ok=True)
-        directory.write_manifest(manifest)
-    except OSError as error:
-        raise RunError(f"{directory.path}: cannot be written: {error.strerror}; choose another --output") from error
-    return _Started(directory, made_run=True, made_folder=not has_folder)
+) -> Iterator[_Started]:
+    """A new run directory, or with `resume` the one that is there, and no other command in it within the block.
+
+    Nothing is overwritten unasked.
+    """
+    directory, _, has_folder = _place(recipe, output, resume)
+    with contextlib.ExitStack() as stack:
+        try:
+            while output is None:  # two commands of the same second would have the same name
+                try:
+                    directory.path.mkdir(parents=True)
+                    break
+                except FileExistsError:
+                    directory = RunDirectory(new_run_path(recipe.name))
+            stack.enter_context(alone_in(directory.path))
+            _, has_run, _ = _place(recipe, directory.path, resume)  # again: now nobody else makes one
+            if has_run:
+                _go_on(directory, targets)
+            else:
+                how: Json = {"overrides": list(overrides), "targets": targets, "command": command}
+                directory.write_manifest(start_manifest(recipe, source=source, **how))
+        except OSError as error:
+            if error.errno not in _NO_PLACE:
+                raise
+            raise RunError(f"{directory.path}: cannot be written: {error.strerror}; choose another --output") from error
+        yield _Started(directory, made_run=not has_run, made_folder=not has_run and not has_folder)
+
+
+def _go_on(directory: RunDirectory, targets: list[str]) -> None:
+    """Bring a manifest up to this command: further targets, and fields of the recipe that its version did not know."""
+    manifest = directory.read_manifest()
+    missing = [name for name in targets if name not in manifest["targets"]]
+    if missing:
+        directory.update_manifest(lambda m: m.update(targets=[*m["targets"], *missing], status="running"))
+    whole = recipe_document(recipe_of(manifest))
+    added = _differences(manifest["recipe"], whole, before="not known", now="taken")
+    if added:
+        console.note(
+            f"{directory.path}: from edgecompress {manifest.get('edgecompress_version')}, which knew fewer fields"
+        )
+        for text in added:
+            console.note(f"  {text}")
+        directory.update_manifest(lambda m: m.update(recipe=whole))
 
 
 def _place(recipe: Recipe, output: Path | None, resume: bool) -> tuple[RunDirectory, bool, bool]:
@@ -446,7 +511,7 @@ def _place(recipe: Recipe, output: Path | None, resume: bool) -> tuple[RunDirect
     directory = RunDirectory(output if output is not None else new_run_path(recipe.name))
     try:
         has_run, has_folder = directory.manifest_path.exists(), directory.path.exists()
-        is_foreign = has_folder and not has_run and (not directory.path.is_dir() or any(directory.path.iterdir()))
+        is_foreign = has_folder and not has_run and (not directory.path.is_dir() or _holds_files(directory.path))
     except OSError as error:
         raise RunError(f"{directory.path}: cannot be read: {error.strerror}; choose another --output") from error
     if is_foreign:
@@ -455,13 +520,25 @@ def _place(recipe: Recipe, output: Path | None, resume: bool) -> tuple[RunDirect
         if not resume:
             raise RunError(f"{directory.path}: a run is already there; go on with --resume, or choose another --output")
         manifest = open_run(directory.path).read_manifest()
-        if manifest["recipe"] != recipe_document(recipe):
-            changed = _differences(manifest["recipe"], recipe_document(recipe))
+        try:
+            there = recipe_document(recipe_of(manifest))  # with the defaults of fields that its version did not know
+        except ConfigurationError as error:
+            raise RunError(
+                f"{directory.path}: this edgecompress, {__version__}, cannot go on with a recipe that "
+                f"{manifest.get('edgecompress_version')} wrote; use that version, or choose another --output. {error}"
+            ) from error
+        if there != recipe_document(recipe):
+            changed = _differences(there, recipe_document(recipe))
             raise RunError(
                 f"{directory.path}: was made with another recipe ({', '.join(changed[:5])}); "
                 "repeat the same command, or choose another --output"
             )
     return directory, has_run, has_folder
+
+
+def _holds_files(folder: Path) -> bool:
+    """Whether a folder holds more than the lock of a command that was stopped hard."""
+    return any(path.name != LOCK_FILE for path in folder.iterdir())
 
 
 def _train_along(recipe: Recipe, target: Target | None, output: Path | None, resume: bool) -> Outcome:
@@ -478,15 +555,17 @@ def _train_along(recipe: Recipe, target: Target | None, output: Path | None, res
         return Outcome(run, apply_recipe(recipe, run, target))
 
 
-def _differences(old: object, new: object, place: str = "") -> list[str]:
+def _differences(old: object, new: object, place: str = "", *, before: str = "there", now: str = "now") -> list[str]:
     """Dotted places at which two documents differ."""
+    words = {"before": before, "now": now}
     if isinstance(old, dict) and isinstance(new, dict):
-        keys = list(dict.fromkeys([*old, *new]))
-        return [text for key in keys for text in _differences(old.get(key), new.get(key), f"{place}.{key}".lstrip("."))]
+        inner = [(f"{place}.{key}".lstrip("."), old.get(key), new.get(key)) for key in dict.fromkeys([*old, *new])]
+        return [text for where, a, b in inner for text in _differences(a, b, where, **words)]
     if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
         pairs = enumerate(zip(old, new, strict=True))
-        return [text for i, (a, b) in pairs for text in _differences(a, b, f"{place}.{i}")]
-    return [] if old == new else [f"{place}: {reprlib.repr(old)} there, {reprlib.repr(new)} now"]
+        return [text for i, (a, b) in pairs for text in _differences(a, b, f"{place}.{i}", **words)]
+    was = before if old is None and before != "there" else f"{reprlib.repr(old)} there"
+    return [] if old == new else [f"{place}: {was}, {reprlib.repr(new)} {now}"]
 
 
 @contextmanager
@@ -500,12 +579,17 @@ def _recorded(started: _Started) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        done = any(stage.get("status") == "complete" for stage in run.read_manifest()["stages"])
-        if started.made_run and isinstance(error, InputError) and not done:
-            started.discard()
-            raise
         message = "interrupted" if isinstance(error, KeyboardInterrupt) else str(error)
-        run.update_manifest(lambda m: m.update(status="failed", error=message, finished_at=_now()))
+        try:
+            done = any(stage.get("status") == "complete" for stage in run.read_manifest()["stages"])
+            if started.made_run and isinstance(error, InputError) and not done:
+                started.discard()
+                raise
+            run.update_manifest(lambda m: m.update(status="failed", error=message, finished_at=_now()))
+        except (OSError, RunError) as second:
+            if second is error:
+                raise
+            console.warn(f"{run.manifest_path}: that the run failed could not be written either: {second}")
         console.note(f"what was done is kept; go on with the same command and: --output {run.path} --resume")
         raise
     run.update_manifest(lambda m: m.update(status="complete", error=None, finished_at=_now()))

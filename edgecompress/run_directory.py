@@ -7,10 +7,12 @@ artifact.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import math
 import os
+import socket
 import tempfile
 import threading
 import tokenize
@@ -23,6 +25,7 @@ from typing import Any
 from edgecompress.errors import RunError
 
 RUNS_ROOT = Path("runs")
+LOCK_FILE = ".lock"
 RIGHT_FILE = "right.npy"  # of a stage: which of the reported images it got right, bool [samples]
 SCHEMA_VERSION = 1
 # What every command relies on in run.json, each key with its type; lists hold what stands beside them.
@@ -207,6 +210,51 @@ class RunDirectory:
         files = (p for p in sorted(self.path.rglob("*")) if p.is_file() and not p.name.startswith("."))
         relative = ((p, p.relative_to(self.path).as_posix()) for p in files)
         return {name: sha256_of(p) for p, name in relative if name not in skipped}
+
+
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Within the block no other command changes the run in `folder`, which is made where it is missing.
+
+    The system lets go of the lock when its process ends, however it ends, so none is ever stale; the file that it
+    is held on says whose it is. Raises RunError where another command has it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / LOCK_FILE
+    while True:
+        stream = path.open("a+", encoding="utf-8")
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            with stream:
+                stream.seek(0)
+                owner = stream.read().strip() or "it has only just begun"
+            raise RunError(
+                f"{folder}: another command works on this run ({owner}); wait for its end, then give this one again"
+            ) from error
+        except BaseException:
+            stream.close()
+            raise
+        if _is_the_file(path, stream.fileno()):
+            break
+        stream.close()  # its owner ended, and removed it, between our two looks
+    with stream:
+        try:
+            stream.truncate(0)
+            now = datetime.now(UTC).isoformat(timespec="seconds")
+            stream.write(f"process {os.getpid()} on {socket.gethostname()}, since {now}")
+            stream.flush()
+            yield
+        finally:
+            if _is_the_file(path, stream.fileno()):
+                path.unlink()
+
+
+def _is_the_file(path: Path, descriptor: int) -> bool:
+    try:
+        return os.path.samestat(path.stat(), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
 
 
 def new_run_path(recipe_name: str) -> Path:

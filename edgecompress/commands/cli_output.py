@@ -16,7 +16,7 @@ import typer
 
 from edgecompress import console
 from edgecompress.commands.next_steps import next_command
-from edgecompress.errors import EXIT_GATE_MISSED, EXIT_OK, EdgeCompressError
+from edgecompress.errors import EXIT_GATE_MISSED, EXIT_OK, EdgeCompressError, machine_faults
 
 if TYPE_CHECKING:
     from edgecompress.pipeline import Outcome
@@ -81,7 +81,8 @@ def finish(
 def reporting_errors(as_json: bool) -> Iterator[None]:
     """Within the block, an error of the tool becomes one message and its exit code."""
     try:
-        yield
+        with machine_faults():
+            yield
     except EdgeCompressError as error:
         _fail(str(error), error.exit_code, as_json)
     except (KeyboardInterrupt, typer.Abort):  # the second: Ctrl-C, or the end of the input, at a question
