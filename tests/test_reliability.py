@@ -52,7 +52,15 @@ def test_the_second_command_is_refused_and_told_whose_it_is(recipe: Path, tmp_pa
 
 
 @pytest.mark.parametrize(
-    "words", [["export"], ["report"], ["profile", "--target", "x86"], ["bundle", "--target", "x86"]]
+    "words",
+    [
+        ["export"],
+        ["report"],
+        ["profile", "--target", "x86"],
+        ["bundle", "--target", "x86"],
+        ["sensitivity"],
+        ["debug-int8"],
+    ],
 )
 def test_every_command_that_writes_asks_first(
     command_line: CommandLine, recipe: Path, tmp_path: Path, words: list[str]
@@ -62,6 +70,15 @@ def test_every_command_that_writes_asks_first(
     with alone_in(run):
         command_line(words[0], run, *words[1:]).refusal("another command works on this run")
     assert (run / "run.json").read_bytes() == before
+
+
+def test_a_run_at_work_is_not_removed(command_line: CommandLine, recipe: Path, tmp_path: Path) -> None:
+    run = started(recipe, tmp_path / "run")
+    with alone_in(run):
+        command_line("runs", "rm", run, "--yes").refusal("another command works on this run")
+    assert (run / "run.json").exists()
+    assert command_line("runs", "rm", run, "--yes").exit_code == 0
+    assert not run.exists()
 
 
 def test_a_lock_ends_with_its_process_however_that_ends(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from edgecompress.commands.cli_options import JsonOption, NoGateOption, QuietOpt
 from edgecompress.commands.cli_output import conclude
 from edgecompress.commands.completion import complete_runs
 from edgecompress.errors import ConfigurationError, EdgeCompressError, RunError
-from edgecompress.run_directory import RUNS_ROOT, Json, RunDirectory, open_run, read_json
+from edgecompress.run_directory import RUNS_ROOT, Json, RunDirectory, alone_in, open_run, read_json
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -68,7 +68,8 @@ def remove_command(
         if not yes:
             _ask(rows)
         for row in rows:
-            shutil.rmtree(row["path"])
+            with alone_in(Path(row["path"])):  # a command that works on it would write into what is going
+                shutil.rmtree(row["path"])
         removed = [{"path": row["path"], "size_bytes": row["size_bytes"]} for row in rows]
         return {"removed": removed, "freed_bytes": sum(row["size_bytes"] for row in removed)}
 
