@@ -19,6 +19,7 @@ from conftest import CommandLine
 from edgecompress.deploy import archive
 from edgecompress.deploy.bundle import pack, write_bundle
 from edgecompress.deploy.verify import verify
+from edgecompress.device import infer
 from edgecompress.errors import RunError
 from edgecompress.run_directory import sha256_of, write_json
 
@@ -125,6 +126,29 @@ def test_a_model_may_not_take_weights_from_elsewhere(folder: Path, tmp_path: Pat
     found = verify(folder)
     assert not found.ok
     assert "takes weights from another file" in str(found.self_test_error)
+
+
+def test_a_model_that_never_ends_is_stopped(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A loop of 2**62 rounds behind the logits, with every hash right."""
+    monkeypatch.setattr(infer, "ANSWER_SECONDS", 0.5)
+    model = onnx.load(folder / "model.onnx")
+    graph, helper, kinds = model.graph, onnx.helper, onnx.TensorProto
+    for node in graph.node:
+        for index, name in enumerate(node.output):
+            node.output[index] = "answer" if name == "logits" else name
+    values = [("go", kinds.BOOL), ("value", kinds.FLOAT), ("go_on", kinds.BOOL), ("doubled", kinds.FLOAT)]
+    go, value, go_on, doubled = (helper.make_tensor_value_info(name, kind, None) for name, kind in values)
+    again = [helper.make_node("Identity", ["go"], ["go_on"]), helper.make_node("Add", ["value", "value"], ["doubled"])]
+    number = helper.make_tensor_value_info("round", kinds.INT64, [])
+    body = helper.make_graph(again, "body", [number, go, value], [go_on, doubled])
+    graph.node.append(helper.make_node("Loop", ["rounds", "always", "answer"], ["logits"], body=body))
+    graph.initializer.append(onnx.numpy_helper.from_array(np.array(2**62), "rounds"))
+    graph.initializer.append(onnx.numpy_helper.from_array(np.array(True), "always"))
+    onnx.save(model, folder / "model.onnx")
+    rewrite(folder, lambda manifest: None)
+    found = verify(folder)
+    assert not found.ok
+    assert "model.onnx: gave no answer within 0.5 s" in str(found.self_test_error)
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ import argparse
 import json
 import struct
 import sys
+import threading
 import tokenize
 import zlib
 from pathlib import Path
@@ -36,6 +37,7 @@ Json = dict[str, Any]
 MANIFEST = "manifest.json"
 KIND = "edgecompress bundle"
 SCHEMA_VERSION = 1
+ANSWER_SECONDS = 60.0  # for one image; a model from somebody else may hold a loop that never ends
 
 
 class BundleError(Exception):
@@ -142,10 +144,20 @@ class Classifier:
         the preprocessing is not inside the model.
         """
         feed = {self.facts["input"]["name"]: self.model_input(pixels, prepared=prepared)}
+        options = ort.RunOptions()
+        watchdog = threading.Timer(ANSWER_SECONDS, setattr, (options, "terminate", True))
+        watchdog.daemon = True
+        watchdog.start()
         try:
-            answer: np.ndarray[Any, Any] = self.session.run([self.facts["output"]["name"]], feed)[0]
+            answer: np.ndarray[Any, Any] = self.session.run([self.facts["output"]["name"]], feed, options)[0]
         except Exception as error:  # onnxruntime's exception classes share no public base
+            if options.terminate:
+                raise BundleError(
+                    f"{self.facts['file']}: gave no answer within {ANSWER_SECONDS:g} s; do not use this model"
+                ) from error
             raise BundleError(f"{self.facts['file']}: cannot run on an image {list(pixels.shape)}: {error}") from error
+        finally:
+            watchdog.cancel()
         logits: np.ndarray[Any, Any] = answer[0]
         return logits
 
