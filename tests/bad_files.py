@@ -31,6 +31,7 @@ import google.protobuf.message
 import mutation
 
 HANG_SECONDS = 10.0
+_SLICE_SECONDS = 0.25
 GOOD, REFUSED = "accepted", "refused"
 FAULTS = ("traceback", "hang", "died", "wrong ok", "unnamed", "exit code")
 Changed = Callable[[bytes, random.Random], bytes]
@@ -522,9 +523,11 @@ class Reader:
         self._known.add(name)
         self.connection.send((name, seed))
         try:
-            if self.connection.poll(limit):
-                found: Finding = self.connection.recv()
-                return found
+            # In small slices, so that a machine that was suspended meanwhile is not taken for a hang.
+            for _ in range(round(limit / _SLICE_SECONDS)):
+                if self.connection.poll(_SLICE_SECONDS):
+                    found: Finding = self.connection.recv()
+                    return found
             outcome = "hang"
         except EOFError:
             outcome = "died"
