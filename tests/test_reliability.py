@@ -217,3 +217,34 @@ def test_a_recipe_that_this_version_cannot_read_names_the_one_that_can(recipe: P
     changed(run, lambda m: (m["recipe"].update(later=1), m.update(edgecompress_version="9.1")))
     with pytest.raises(RunError, match=r"cannot go on with a recipe that 9.1 wrote; use that version.*later"):
         _place(resolved(recipe), run, True)
+
+
+# ---- the same again
+
+
+TRAINED = """
+data: {name: digits, max_train_samples: 128}
+model: {name: resnet8, arguments: {width: 8}, preprocessing: {input_size: 16}}
+stages:
+  - {id: dense, kind: train, epochs: 1, warmup_epochs: 0}
+  - {id: int8, kind: quantize, effort: fast, placement: full, calibration: {samples: 16}}
+"""
+
+
+@pytest.mark.slow
+def test_the_same_recipe_and_decisions_give_the_same_bytes(command_line: CommandLine, tmp_path: Path) -> None:
+    """Weights, logits, ONNX and int8 ONNX of two runs. What was decided by measuring comes from the first one."""
+    (tmp_path / "trained.yaml").write_text(TRAINED)
+    for name in ("first", "second"):
+        answer = command_line("apply", "trained.yaml", "--output", name, "--no-gate")
+        assert answer.exit_code == 0, answer
+        if name == "second":
+            decisions = json.loads((tmp_path / "first" / "run.json").read_text())["decisions"]
+            changed(tmp_path / name, lambda m, made=decisions: m.update(decisions=made))
+        answer = command_line("export", name, "--int8", "--no-gate")
+        assert answer.exit_code == 0, answer
+    made = [*(tmp_path / "first").rglob("*.safetensors"), *(tmp_path / "first").rglob("*.onnx")]
+    made += [*(tmp_path / "first").rglob("*.npy"), *(tmp_path / "first").rglob("model.json")]
+    assert {path.name for path in made} >= {"model.safetensors", "model.json", "model.onnx", "model.int8.onnx"}
+    others = [tmp_path / "second" / path.relative_to(tmp_path / "first") for path in made]
+    assert [str(a) for a, b in zip(made, others, strict=True) if a.read_bytes() != b.read_bytes()] == []
