@@ -186,6 +186,6 @@ def _change_model(model: onnx.ModelProto, chance: random.Random) -> None:
         lambda: model.opset_import[0].__setattr__("version", chance.choice((-1, 0, 5, 999))),
         lambda: graph.node.remove(node) if graph.node else None,
         lambda: graph.node.append(node),
-        lambda: graph.output.pop(),
+        lambda: graph.output.pop() if graph.output else None,
     )
     chance.choice(changes)()

@@ -69,7 +69,7 @@ def finish(
 
     conclude(
         work_alone,
-        show=functools.partial(print_outcome, explain=explain),
+        show=functools.partial(_print_readable, explain=explain),
         document=document,
         exit_code=lambda outcome: EXIT_GATE_MISSED if outcome.missed and not no_gate else EXIT_OK,
         as_json=as_json,
@@ -109,6 +109,14 @@ def print_rows(rows: list[dict[str, str]]) -> None:
     width = max((len(row["name"]) for row in rows), default=0)
     for row in rows:
         typer.echo(f"{row['name']:<{width}}  {row['description']}")
+
+
+def _print_readable(outcome: Outcome, *, explain: bool) -> None:
+    """The same as `print_outcome`, for a run whose files may come from anywhere. Raises RunError."""
+    from edgecompress.run_directory import reading_documents
+
+    with reading_documents(outcome.run):
+        print_outcome(outcome, explain=explain)
 
 
 def print_outcome(outcome: Outcome, *, explain: bool = False) -> None:
