@@ -218,7 +218,8 @@ def report(path: Path | None, *, target: str | None = None, formats: Sequence[st
     names = [load_target(target).name] if target else _profiled(run) or list(manifest.get("targets", []))
     if not names:
         raise RunError(f"{run.path}: no target yet; first: edgecompress profile {run.path} --target x86")
-    reports = {name: write_report(run, name, formats) for name in names}
+    with run.replacing(run.path / "report"):
+        reports = {name: write_report(run, name, formats) for name in names}
     return Outcome(run, _with_artifacts(run), reports=reports)
 
 
@@ -537,8 +538,8 @@ def _place(recipe: Recipe, output: Path | None, resume: bool) -> tuple[RunDirect
 
 
 def _holds_files(folder: Path) -> bool:
-    """Whether a folder holds more than the lock of a command that was stopped hard."""
-    return any(path.name != LOCK_FILE for path in folder.iterdir())
+    """Whether a folder holds more than a command that was stopped hard leaves: its lock, a run.json in the making."""
+    return any(path.name != LOCK_FILE and not path.name.startswith(".run.json.") for path in folder.iterdir())
 
 
 def _train_along(recipe: Recipe, target: Target | None, output: Path | None, resume: bool) -> Outcome:

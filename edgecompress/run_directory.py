@@ -17,7 +17,7 @@ import tempfile
 import threading
 import tokenize
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -207,9 +207,30 @@ class RunDirectory:
     def artifacts(self) -> dict[str, str]:
         """sha256 of every file of the run but the manifest and the log, by path relative to the run."""
         skipped = {"run.json", "metrics.jsonl"}
-        files = (p for p in sorted(self.path.rglob("*")) if p.is_file() and not p.name.startswith("."))
-        relative = ((p, p.relative_to(self.path).as_posix()) for p in files)
-        return {name: sha256_of(p) for p, name in relative if name not in skipped}
+        files = ((p, p.relative_to(self.path)) for p in sorted(self.path.rglob("*")) if p.is_file())
+        # What is hidden, or in a folder that is, was in the making when a crash came.
+        whole = ((p, name.as_posix()) for p, name in files if not any(part.startswith(".") for part in name.parts))
+        return {name: sha256_of(p) for p, name in whole if name not in skipped}
+
+    @contextmanager
+    def replacing(self, folder: Path) -> Iterator[None]:
+        """Within the block files below `folder` are replaced: run.json names none of them, so a crash leaves no lie.
+
+        The block ends with the manifest's new hashes; where it ends in an error, what is there then is recorded.
+        """
+        inside = folder.relative_to(self.path).as_posix() + "/" if folder.is_relative_to(self.path) else None
+        recorded = self.read_manifest().get("artifacts") or {}
+        kept = {name: value for name, value in recorded.items() if inside is None or not name.startswith(inside)}
+        if kept == recorded:
+            yield
+            return
+        self.update_manifest(lambda m: m.update(artifacts=kept))
+        try:
+            yield
+        except BaseException:
+            with suppress(OSError, RunError):  # a full disk perhaps: then they stay unnamed, and the error is told
+                self.update_manifest(lambda m: m.update(artifacts=self.artifacts()))
+            raise
 
 
 @contextmanager

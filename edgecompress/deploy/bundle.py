@@ -78,10 +78,15 @@ def write_bundle(
             made, run, target, exported=exported, name=name, preprocessing_inside=preprocessing_inside
         )
         pack(made, made.with_suffix(".tar.gz"))
-        if folder.exists():
-            shutil.rmtree(folder)
-        made.rename(folder)
-        made.with_suffix(".tar.gz").replace(archive)
+        # The old ones go whole, the archive first: whatever a crash leaves here, the next command may replace.
+        old = Path(scratch.name) / "old"
+        old.mkdir()
+        with run.replacing(output):
+            for path in (archive, folder):
+                if path.exists():
+                    path.rename(old / path.name)
+            made.rename(folder)
+            made.with_suffix(".tar.gz").rename(archive)
     with console.busy("running the bundle's self-test"):
         rows = self_test(folder)
     return Bundle(folder, archive, document, caution(document), rows)

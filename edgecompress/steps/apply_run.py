@@ -113,6 +113,7 @@ def apply_recipe(
         entry = _entry(run.read_manifest(), stage.id)
         if entry["status"] == "complete":
             console.note(f"stage {stage.id}: complete, kept")
+            stage_progress(run, stage.id).clear()  # left where the stage was completed and a crash came next
             if not isinstance(stage, QuantizeStage):
                 current = load_checkpoint(run.stage(stage.id))
                 earlier[stage.id] = current

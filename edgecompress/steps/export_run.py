@@ -126,11 +126,12 @@ def export_run(
             form=PIXEL_FORM if with_preprocessing else FLOAT_FORM,
             answers=answers,
         )
-        parity = _export_and_compare(work, int8=int8, ort=ort)
-    save_samples(work.split, work.preprocessing, folder, work.form)
-    gates = parity_gates(parity, target)
-    parity["failures"] = [gate.sentence for gate in gates if not gate.passed]
-    write_json(folder / "parity.json", parity)
+        with run.replacing(folder):
+            parity = _export_and_compare(work, int8=int8, ort=ort)
+            save_samples(work.split, work.preprocessing, folder, work.form)
+            gates = parity_gates(parity, target)
+            parity["failures"] = [gate.sentence for gate in gates if not gate.passed]
+            write_json(folder / "parity.json", parity)
 
     def change(document: Json) -> None:
         record_gates(document, gates, step="export", target=target.name)
