@@ -13,7 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from bundle_runs import small_run
 from crash_points import faults_of
+from edgecompress.deploy.verify import verify
 from edgecompress.run_directory import RunDirectory, sha256_of, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -60,3 +62,9 @@ def test_an_error_while_files_are_replaced_leaves_the_hashes_of_what_is_there(tm
 def test_what_a_crash_left_in_the_making_is_no_artifact(tmp_path: Path) -> None:
     run = run_with(tmp_path, "export/parity.json", "bundle/.tiny-x86.abc/tiny-x86/manifest.json")
     assert list(run.artifacts()) == ["export/parity.json"]
+
+
+def test_what_a_crash_left_in_the_making_does_not_fail_verify(tmp_path: Path) -> None:
+    run = small_run(tmp_path / "run")
+    write_json(run.path / "bundle" / ".tiny-here.abc" / "tiny-here" / "manifest.json", {})
+    assert verify(run.path).ok

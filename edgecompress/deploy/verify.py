@@ -139,7 +139,7 @@ def _compare(
     odd: list[str] = []
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
-        if not with_hidden and path.name.startswith("."):
+        if not with_hidden and any(part.startswith(".") for part in path.relative_to(folder).parts):
             continue
         if path.is_symlink() or not (path.is_file() or path.is_dir()):
             odd.append(name)
