@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import json
 import os
 import re
@@ -247,8 +248,11 @@ def test_every_recipe_is_valid(name: str, text: str) -> None:
 
 
 @pytest.mark.parametrize(("name", "text"), [block for block in CODE if "title=" not in block[1]])
-def test_python_is_valid(name: str, text: str) -> None:
-    ast.parse(text, filename=name)
+def test_python_is_valid_and_imports_what_there_is(name: str, text: str) -> None:
+    for node in ast.walk(ast.parse(text, filename=name)):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "edgecompress":
+            module = importlib.import_module(str(node.module))
+            assert [alias.name for alias in node.names if not hasattr(module, alias.name)] == []
 
 
 @pytest.mark.slow
