@@ -6,24 +6,19 @@ the command line see the whole pipeline.
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import functools
 import math
-import reprlib
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Concatenate, Literal, ParamSpec, TypeVar
 
-from edgecompress import __version__, console
+from edgecompress import console
 from edgecompress.deploy.bundle import Bundle, write_bundle
 from edgecompress.deploy.remote import Host
-from edgecompress.errors import ConfigurationError, InputError, RunError
+from edgecompress.errors import ConfigurationError, RunError
 from edgecompress.exporting.answers import Answers
 from edgecompress.measure.explanation import Depth
 from edgecompress.measure.measuring import STANDARD, THOROUGHNESS
@@ -33,8 +28,6 @@ from edgecompress.measure.sweeps import parse_sweeps
 from edgecompress.reporting.comparison import comparison_document
 from edgecompress.reporting.report_page import FORMATS, ReportPaths, write_pages, write_report
 from edgecompress.run_directory import (
-    LOCK_FILE,
-    RUNS_ROOT,
     Json,
     RunDirectory,
     alone_in,
@@ -56,6 +49,7 @@ from edgecompress.steps.export_run import export_folder, export_run
 from edgecompress.steps.plan_run import plan_document
 from edgecompress.steps.profile_files import profile_files as measure_files
 from edgecompress.steps.profile_run import profile_run
+from edgecompress.steps.run_start import place_run, recorded, start_run
 from edgecompress.steps.run_state import recipe_document, recipe_of
 from edgecompress.steps.sensitivity_run import FILE as SENSITIVITY_FILE
 from edgecompress.steps.sensitivity_run import sensitivity_run
@@ -65,7 +59,6 @@ from edgecompress.training.tracking import require_trackers, tracked
 
 Words = ParamSpec("Words")
 Result = TypeVar("Result")
-_NO_PLACE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP, errno.EEXIST)
 INT8_IMAGES, CHANNEL_IMAGES = 32, 256  # held-out images of sensitivity; accuracy needs more of them than decibels
 
 
@@ -123,12 +116,12 @@ def apply(
     names = [resolved.name] if resolved else []
     if workers.rank() != 0:
         return _train_along(recipe, resolved, output, resume)
-    with _start(recipe, recipe_source, overrides, names, output, resume, command) as started:
+    with start_run(recipe, recipe_source, overrides, names, output, resume, command) as started:
         workers.wait_for_everyone()
         run = started.directory
         if run.read_manifest()["status"] == "complete":
             return _already_complete(run)
-        with _recorded(started), tracked(track, run.path, recipe_document(recipe)) as tracking:
+        with recorded(started), tracked(track, run.path, recipe_document(recipe)) as tracking:
             manifest = apply_recipe(recipe, run, resolved, cache=stages, watch=tracking.watch if tracking else None)
             if tracking is not None:
                 tracking.results(manifest, {})
@@ -331,7 +324,7 @@ def run(
     names = [target.name for target in resolved]
     if workers.rank() != 0:
         return _train_along(recipe, resolved[0], output, resume)
-    with _start(recipe, recipe_source, overrides, names, output, resume, command) as started:
+    with start_run(recipe, recipe_source, overrides, names, output, resume, command) as started:
         workers.wait_for_everyone()
         directory = started.directory
         profiled = all(
@@ -342,7 +335,7 @@ def run(
         profiles: dict[str, Json] = {}
         reports: dict[str, ReportPaths] = {}
         how: Json = {"seconds": seconds, "thoroughness": thoroughness}
-        with _recorded(started), tracked(track, directory.path, recipe_document(recipe)) as tracking:
+        with recorded(started), tracked(track, directory.path, recipe_document(recipe)) as tracking:
             apply_recipe(recipe, directory, resolved[0], cache=stages, watch=tracking.watch if tracking else None)
             for target in resolved:
                 folder = export_folder(directory, target)
@@ -373,7 +366,7 @@ def plan(
     """What `apply` or, with `profiled_for` seconds of measuring, `run` would do; nothing is written."""
     recipe = load_recipe(recipe_source, overrides)
     names = [target.name for target in _load_targets(targets)]
-    directory, has_run, _ = _place(recipe, output, resume)
+    directory, has_run, _ = place_run(recipe, output, resume)
     stages = directory.read_manifest()["stages"] if has_run else []
     complete = [str(stage["id"]) for stage in stages if stage["status"] == "complete"]
     return plan_document(recipe, directory.path, names, complete=complete, profiled_for=profiled_for, command=command)
@@ -430,118 +423,6 @@ def _load_targets(sources: Sequence[str]) -> list[Target]:
     return list(targets.values())
 
 
-@dataclass(frozen=True)
-class _Started:
-    """The directory of this command, and what of it this command made."""
-
-    directory: RunDirectory
-    made_run: bool = False
-    made_folder: bool = False
-
-    def discard(self) -> None:
-        """Remove the run that this command made, so that the command can be mended and given again."""
-        for path in self.directory.path.iterdir():
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            else:
-                path.unlink()
-        if self.made_folder:
-            self.directory.path.rmdir()
-            with contextlib.suppress(OSError):  # other runs are in it
-                RUNS_ROOT.rmdir()
-
-
-@contextmanager
-def _start(
-    recipe: Recipe,
-    source: str,
-    overrides: Sequence[str],
-    targets: list[str],
-    output: Path | None,
-    resume: bool,
-    command: str,
-) -> Iterator[_Started]:
-    """A new run directory, or with `resume` the one that is there, and no other command in it within the block.
-
-    Nothing is overwritten unasked.
-    """
-    directory, _, has_folder = _place(recipe, output, resume)
-    with contextlib.ExitStack() as stack:
-        try:
-            while output is None:  # two commands of the same second would have the same name
-                try:
-                    directory.path.mkdir(parents=True)
-                    break
-                except FileExistsError:
-                    directory = RunDirectory(new_run_path(recipe.name))
-            stack.enter_context(alone_in(directory.path))
-            _, has_run, _ = _place(recipe, directory.path, resume)  # again: now nobody else makes one
-            if has_run:
-                _go_on(directory, targets)
-            else:
-                how: Json = {"overrides": list(overrides), "targets": targets, "command": command}
-                directory.write_manifest(start_manifest(recipe, source=source, **how))
-        except OSError as error:
-            if error.errno not in _NO_PLACE:
-                raise
-            raise RunError(f"{directory.path}: cannot be written: {error.strerror}; choose another --output") from error
-        yield _Started(directory, made_run=not has_run, made_folder=not has_run and not has_folder)
-
-
-def _go_on(directory: RunDirectory, targets: list[str]) -> None:
-    """Bring a manifest up to this command: further targets, and fields of the recipe that its version did not know."""
-    manifest = directory.read_manifest()
-    missing = [name for name in targets if name not in manifest["targets"]]
-    if missing:
-        directory.update_manifest(lambda m: m.update(targets=[*m["targets"], *missing], status="running"))
-    whole = recipe_document(recipe_of(manifest))
-    added = _differences(manifest["recipe"], whole, before="not known", now="taken")
-    if added:
-        console.note(
-            f"{directory.path}: from edgecompress {manifest.get('edgecompress_version')}, which knew fewer fields"
-        )
-        for text in added:
-            console.note(f"  {text}")
-        directory.update_manifest(lambda m: m.update(recipe=whole))
-
-
-def _place(recipe: Recipe, output: Path | None, resume: bool) -> tuple[RunDirectory, bool, bool]:
-    """Where a run goes, and whether a run and a folder are there already. Raises RunError where it may not go there."""
-    if resume and output is None:
-        raise RunError("--resume needs --output DIR, the run to go on with")
-    directory = RunDirectory(output if output is not None else new_run_path(recipe.name))
-    try:
-        has_run, has_folder = directory.manifest_path.exists(), directory.path.exists()
-        is_foreign = has_folder and not has_run and (not directory.path.is_dir() or _holds_files(directory.path))
-    except OSError as error:
-        raise RunError(f"{directory.path}: cannot be read: {error.strerror}; choose another --output") from error
-    if is_foreign:
-        raise RunError(f"{directory.path}: exists and is no run directory; choose another --output")
-    if has_run:
-        if not resume:
-            raise RunError(f"{directory.path}: a run is already there; go on with --resume, or choose another --output")
-        manifest = open_run(directory.path).read_manifest()
-        try:
-            there = recipe_document(recipe_of(manifest))  # with the defaults of fields that its version did not know
-        except ConfigurationError as error:
-            raise RunError(
-                f"{directory.path}: this edgecompress, {__version__}, cannot go on with a recipe that "
-                f"{manifest.get('edgecompress_version')} wrote; use that version, or choose another --output. {error}"
-            ) from error
-        if there != recipe_document(recipe):
-            changed = _differences(there, recipe_document(recipe))
-            raise RunError(
-                f"{directory.path}: was made with another recipe ({', '.join(changed[:5])}); "
-                "repeat the same command, or choose another --output"
-            )
-    return directory, has_run, has_folder
-
-
-def _holds_files(folder: Path) -> bool:
-    """Whether a folder holds more than a command that was stopped hard leaves: its lock, a run.json in the making."""
-    return any(path.name != LOCK_FILE and not path.name.startswith(".run.json.") for path in folder.iterdir())
-
-
 def _train_along(recipe: Recipe, target: Target | None, output: Path | None, resume: bool) -> Outcome:
     """What every launched process but the first does: train along, in a folder of its own that goes afterwards."""
     console.set_quiet(True)
@@ -554,50 +435,6 @@ def _train_along(recipe: Recipe, target: Target | None, output: Path | None, res
             run.write_manifest(start_manifest(recipe, source="", overrides=[], targets=[], command=""))
         workers.wait_for_everyone()
         return Outcome(run, apply_recipe(recipe, run, target))
-
-
-def _differences(old: object, new: object, place: str = "", *, before: str = "there", now: str = "now") -> list[str]:
-    """Dotted places at which two documents differ."""
-    words = {"before": before, "now": now}
-    if isinstance(old, dict) and isinstance(new, dict):
-        inner = [(f"{place}.{key}".lstrip("."), old.get(key), new.get(key)) for key in dict.fromkeys([*old, *new])]
-        return [text for where, a, b in inner for text in _differences(a, b, where, **words)]
-    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
-        pairs = enumerate(zip(old, new, strict=True))
-        return [text for i, (a, b) in pairs for text in _differences(a, b, f"{place}.{i}", **words)]
-    was = before if old is None and before != "there" else f"{reprlib.repr(old)} there"
-    return [] if old == new else [f"{place}: {was}, {reprlib.repr(new)} {now}"]
-
-
-@contextmanager
-def _recorded(started: _Started) -> Iterator[None]:
-    """Write the run's status whatever happens, and say how to go on when it failed.
-
-    Where the input was at fault before any stage was done, a new run is removed again: there is nothing to go on with,
-    and the mended command would be refused for a recipe that has changed.
-    """
-    run = started.directory
-    try:
-        yield
-    except BaseException as error:
-        message = "interrupted" if isinstance(error, KeyboardInterrupt) else str(error)
-        try:
-            done = any(stage.get("status") == "complete" for stage in run.read_manifest()["stages"])
-            if started.made_run and isinstance(error, InputError) and not done:
-                started.discard()
-                raise
-            run.update_manifest(lambda m: m.update(status="failed", error=message, finished_at=_now()))
-        except (OSError, RunError) as second:
-            if second is error:
-                raise
-            console.warn(f"{run.manifest_path}: that the run failed could not be written either: {second}")
-        console.note(f"what was done is kept; go on with the same command and: --output {run.path} --resume")
-        raise
-    run.update_manifest(lambda m: m.update(status="complete", error=None, finished_at=_now()))
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def _already_complete(run: RunDirectory) -> Outcome:

@@ -15,9 +15,9 @@ import pytest
 
 from conftest import CommandLine
 from edgecompress.errors import MachineError, RunError, machine_faults
-from edgecompress.pipeline import _place, _start
 from edgecompress.run_directory import LOCK_FILE, alone_in, write_text
 from edgecompress.settings.recipe import Recipe, load_recipe
+from edgecompress.steps.run_start import place_run, start_run
 
 RECIPE = """
 data: {name: digits, max_train_samples: 64}
@@ -35,7 +35,7 @@ def recipe(tmp_path: Path) -> Path:
 
 def started(recipe: Path, output: Path | None, *, resume: bool = False) -> Path:
     """The run directory that a command begins, without any stage."""
-    with _start(load_recipe(str(recipe)), str(recipe), (), ["x86"], output, resume, "") as run:
+    with start_run(load_recipe(str(recipe)), str(recipe), (), ["x86"], output, resume, "") as run:
         return run.directory.path
 
 
@@ -209,14 +209,14 @@ def test_a_default_that_has_changed_is_named(recipe: Path, tmp_path: Path) -> No
     run = started(recipe, tmp_path / "run")
     changed(run, lambda m: m["recipe"]["gates"].update(variant_samples=3))
     with pytest.raises(RunError, match=r"made with another recipe \(gates.variant_samples: 3 there, \d+ now\)"):
-        _place(resolved(recipe), run, True)
+        place_run(resolved(recipe), run, True)
 
 
 def test_a_recipe_that_this_version_cannot_read_names_the_one_that_can(recipe: Path, tmp_path: Path) -> None:
     run = started(recipe, tmp_path / "run")
     changed(run, lambda m: (m["recipe"].update(later=1), m.update(edgecompress_version="9.1")))
     with pytest.raises(RunError, match=r"cannot go on with a recipe that 9.1 wrote; use that version.*later"):
-        _place(resolved(recipe), run, True)
+        place_run(resolved(recipe), run, True)
 
 
 # ---- the same again
