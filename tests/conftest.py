@@ -8,12 +8,19 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import hypothesis
 import pytest
 from typer.testing import CliRunner
 
 # Read when torch is first imported, which not every test does. The nets here are so small that threads cost more than
 # they save, and several test processes may share the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# Properties hold or they don't: how long an example takes says more of the machine than of the code.
+hypothesis.settings.register_profile(
+    "any machine", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("any machine")
 
 
 @dataclass(frozen=True)
