@@ -12,7 +12,7 @@ import hashlib
 import json
 import math
 import os
-import socket
+import platform
 import tempfile
 import threading
 import tokenize
@@ -263,7 +263,7 @@ def alone_in(folder: Path) -> Iterator[None]:
         try:
             stream.truncate(0)
             now = datetime.now(UTC).isoformat(timespec="seconds")
-            stream.write(f"process {os.getpid()} on {socket.gethostname()}, since {now}")
+            stream.write(f"process {os.getpid()} on {platform.node()}, since {now}")
             stream.flush()
             yield
         finally:

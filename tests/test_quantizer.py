@@ -454,7 +454,7 @@ class Brightest(nn.Module):
 def test_worst_case_saturates_where_the_kernels_do(tmp_path: Path, bits: int) -> None:
     width = 256
     inputs = torch.ones(4, width, 4, 4)
-    model = quantized(Brightest(width), scheme=Scheme("uint8", bits), samples=inputs)
+    model = quantized(Brightest(width), scheme=Scheme("uint8", bits), samples=torch.cat([inputs, inputs / 2]))
     export(model.graph, tmp_path / "net.onnx", example=inputs[:2])
     assert inspect_integer_graph(tmp_path / "net.onnx").op_counts["QLinearConv"] == 1
     with torch.no_grad():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -75,12 +76,16 @@ def test_nothing_is_timed_for_a_target_elsewhere(plan: Any) -> None:
     assert not {"layers", "pick"} & document["by_step"].keys()
 
 
-def test_for_people_and_what_it_refuses(command_line: CommandLine, tmp_path: Path) -> None:
+def test_for_people_and_what_it_refuses(
+    command_line: CommandLine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "small.yaml").write_text(RECIPE)
-    text = command_line(*WORDS, "--trials", "3", "--output", "mine").stdout
+    given = (*WORDS, "--trials", "3", "--output", "mine")
+    monkeypatch.setattr(sys, "argv", ["edgecompress", *given])
+    text = command_line(*given).stdout
     assert "stages.pruned.channel_ratio: 0.1 to 0.9" in text
     assert "3 trials; those that are given up early take less" in text
-    assert "search directory: mine; nothing was written\nnext: edgecompress " in text
+    assert "search directory: mine; nothing was written\nnext: edgecompress search " in text
     assert "--dry-run" not in text.partition("next: ")[2]
     command_line(*WORDS, "--resume").refusal("--resume needs --output DIR")
     command_line(*WORDS, "--minimize", "memory", "--target", "rpi4").refusal("--minimize memory is measured", "rpi4")
