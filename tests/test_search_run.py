@@ -17,7 +17,7 @@ from edgecompress.searching.order import SearchOrder
 from edgecompress.searching.plan_search import search_plan
 from edgecompress.searching.result_text import lines
 from edgecompress.searching.search_run import search
-from edgecompress.searching.trial import Trial, TrialStopped
+from edgecompress.searching.trial import Terms, Trial, TrialStopped
 from edgecompress.settings.target import load_target
 
 RECIPE = """
@@ -120,6 +120,32 @@ def test_the_front_the_pick_and_what_is_written(order: SearchOrder, tmp_path: Pa
     text = (tmp_path / "s" / "search.md").read_text()
     assert f"| {document['pick']} | complete |" in text
     assert any("<- pick" in line for line in lines(document))
+
+
+def test_the_pick_is_measured_at_length_even_where_it_was_not_on_the_front(
+    order: SearchOrder, tmp_path: Path, pretended: type[Pretended], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Quick(pretended):  # type: ignore[valid-type, misc]
+        """The second trial is dominated, until the first turns out to be slower than its quick measurement said."""
+
+        def run(self) -> dict[str, Any]:
+            accuracy, latency = ((0.90, 0.4), (0.88, 0.5))[self.number]
+            facts: dict[str, Any] = super().run()
+            return facts | {"accuracy": accuracy, "latency_ms_p50": latency, "cost": latency, "thoroughness": "quick"}
+
+    measured: list[int] = []
+
+    def measured_again(terms: Terms, trial: int, facts: dict[str, Any]) -> dict[str, Any]:
+        measured.append(trial)
+        latency = facts["latency_ms_p50"] * (1.5 if trial == 0 else 1.0)
+        return facts | {"latency_ms_p50": latency, "cost": latency, "thoroughness": "standard"}
+
+    monkeypatch.setattr("edgecompress.searching.search_run.measure_again", measured_again)
+    document = search(replace(order, trials=2), tmp_path / "s", resume=False, make_trial=Quick)
+    assert [row["trial"] for row in document["front"]] == [1, 0]
+    assert document["pick"] == 1
+    assert measured == [0, 1]
+    assert document["front"][0]["thoroughness"] == "standard"
 
 
 def test_interrupted_and_resumed_nothing_is_lost_or_repeated(

@@ -279,11 +279,15 @@ class _Search:
         return f"{facts['accuracy']:.2%} on val{timed}, {size}"
 
     def _measured_at_length(self) -> Json:
-        """The pick's own figures come from a full measurement; where that changes the pick, the next one's as well."""
+        """The pick's own figures come from a full measurement; where that changes the pick, the next one's as well.
+
+        A pick measured slower at length may bring a trial onto the front that was not there, so it goes on until the
+        pick is one that was measured at length: each round measures one trial, and none twice.
+        """
         document = self.write()
         if self.terms.not_measured_because:
             return document
-        for _ in document["front"]:
+        while True:
             pick = document["pick"]
             record = next((record for record in self.study.records() if record.id == pick), None)
             if record is None or record.result["thoroughness"] != "quick":
