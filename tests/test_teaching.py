@@ -148,6 +148,27 @@ class _CrashError(Exception):
 
 
 @pytest.mark.slow
+def test_a_teacher_of_other_channels_is_refused_before_it_is_trained(tmp_path: Path, command_line: CommandLine) -> None:
+    rgb = {"name": "resnet8", "arguments": {"width": 8}, "preprocessing": {"channels": 3}}
+    path = _recipe(tmp_path, _distilled())
+    document = json.loads(path.read_text()) | {"model": rgb}
+    path.write_text(json.dumps(document))
+    for more in ((), ("--dry-run",)):
+        answer = command_line("apply", path, *INTO, *more)
+        assert answer.exit_code == 2
+        error = json.loads(answer.stdout)["error"]
+        assert "stage student: the teacher reads 3 channels and the student 1; set the student's" in error
+        assert "model.preprocessing.channels: 3" in error
+    assert not list((tmp_path / "run").glob("stages/teacher/*")), "said before the teacher was trained"
+    document["stages"][1]["model"]["preprocessing"] = {"channels": 3}
+    path.write_text(json.dumps(document))
+    answer = command_line("apply", path, "--output", "mended")
+    assert answer.exit_code in (0, 3), answer.stderr  # whether int8 is the faster one here does not matter
+    stored = json.loads((tmp_path / "mended/stages/student/model.json").read_text())["architecture"]
+    assert stored["preprocessing"]["channels"] == 3
+    assert len(stored["preprocessing"]["mean"]) == 3
+
+
 def test_a_distillation_that_crashed_goes_on_to_identical_weights_and_adapters(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

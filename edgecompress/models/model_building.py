@@ -143,7 +143,7 @@ def resolve_architecture(settings: ModelSettings, data: ImageData) -> Architectu
     elif name.startswith(TORCHVISION):
         own_classes, own = torchvision_defaults(name.removeprefix(TORCHVISION), override)
     else:
-        own_classes, own = 0, _native_defaults(data)
+        own_classes, own = 0, _native_defaults(data, override.channels or data.channels)
     classes = settings.num_classes
     if classes is None:
         classes = own_classes if data.has_class_index and own_classes >= data.num_classes else data.num_classes
@@ -173,12 +173,12 @@ def build(architecture: Architecture, *, pretrained: bool = False) -> nn.Module:
     return module
 
 
-def _native_defaults(data: ImageData) -> dict[str, Any]:
+def _native_defaults(data: ImageData, channels: int) -> dict[str, Any]:
     return {
         "input_size": data.native_size,
-        "channels": data.channels,
-        "mean": [0.5] * data.channels,
-        "std": [0.5] * data.channels,
+        "channels": channels,
+        "mean": [0.5] * channels,
+        "std": [0.5] * channels,
         "interpolation": "bilinear",
         "crop_fraction": 1.0,
     }

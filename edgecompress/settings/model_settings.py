@@ -22,6 +22,7 @@ class PreprocessingSettings(FrozenSettings):
     """Overrides of what the model's own configuration says; anything left out comes from the model."""
 
     input_size: Annotated[int, Field(ge=4, le=4096)] | None = None
+    channels: Literal[1, 3] | None = Field(default=None, description="1 reads images as grey, 3 as RGB")
     mean: Channels | None = None
     std: Channels | None = None
     interpolation: Interpolation | None = None

@@ -48,6 +48,7 @@ from edgecompress.steps.stage_key import stage_key
 from edgecompress.steps.training_context import stage_progress, training_context
 from edgecompress.training import workers
 from edgecompress.training.evaluate import collect_logits
+from edgecompress.training.teaching import require_fitting_teachers
 
 
 def start_manifest(recipe: Recipe, *, source: str, overrides: list[str], targets: list[str], command: str) -> Json:
@@ -102,6 +103,7 @@ def apply_recipe(
     manifest = run.read_manifest()
     if "data" in manifest:
         require_same_data(manifest, data)
+    require_fitting_teachers(recipe, data)
     trains = any(isinstance(stage, TrainingSettings) for stage in recipe.stages)
     splits = PreparedSplits(data, cache=trains)
     current, data = _initial_model(recipe, run, data, splits)

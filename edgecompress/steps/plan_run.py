@@ -21,6 +21,7 @@ from edgecompress.settings.prune_settings import PruneStage
 from edgecompress.settings.recipe import DistillStage, QatStage, QuantizeStage, Recipe
 from edgecompress.settings.training_settings import TrainingSettings
 from edgecompress.steps.probe import ModelProbe, probe_model
+from edgecompress.training.teaching import require_fitting_teachers
 
 # Seconds of int8 beyond capture, in forward passes of its calibration images: from the times of EfficientNet-Lite0's
 # 64 images in docs/measurements.md (15, 33 and 67 s), less what capture and export take of any net.
@@ -43,6 +44,7 @@ def plan_document(
     """The plan as JSON: the steps, their totals, what the machine has, and what would not fit. Raises InputError."""
     started = time.perf_counter()
     data = data_at_hand(recipe)
+    require_fitting_teachers(recipe, data)
     probes = probed(recipe, data)
     images = images_of(recipe, data)
     steps = planned_steps(recipe, targets, images, probes, profile_seconds=profiled_for, complete=complete)

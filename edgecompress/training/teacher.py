@@ -28,11 +28,7 @@ class TeacherView(nn.Module):
 
     def __init__(self, teacher: nn.Module, *, student: Preprocessing, teacher_preprocessing: Preprocessing) -> None:
         super().__init__()
-        if student.channels != teacher_preprocessing.channels:
-            raise ModelError(
-                f"the teacher reads {teacher_preprocessing.channels} channels and the student {student.channels}; "
-                "choose a teacher for the same images"
-            )
+        require_same_channels(student, teacher_preprocessing)
         self.teacher = teacher
         self.size = teacher_preprocessing.input_size
         # (x * s_student + m_student - m_teacher) / s_teacher, per channel, as one scale and one shift.
@@ -54,6 +50,15 @@ class TeacherView(nn.Module):
             )
         logits: Tensor = self.teacher(images)
         return logits
+
+
+def require_same_channels(student: Preprocessing, teacher: Preprocessing) -> None:
+    """Raise ModelError where a student's batch is none that its teacher could read."""
+    if student.channels != teacher.channels:
+        raise ModelError(
+            f"the teacher reads {teacher.channels} channels and the student {student.channels}; set the student's "
+            f"model.preprocessing.channels: {teacher.channels}, or choose a teacher for the same images"
+        )
 
 
 class FrozenTeacher:

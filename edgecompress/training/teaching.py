@@ -9,16 +9,18 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from edgecompress import console
+from edgecompress.data.preprocessing import Preprocessing
 from edgecompress.data.run_data import ImageData, PreparedSplit
 from edgecompress.errors import ModelError
 from edgecompress.models.checkpoint import Checkpoint, example_input
 from edgecompress.models.model_building import copy_of, create_model, resolve_architecture
+from edgecompress.settings.recipe import DistillStage, Recipe
 from edgecompress.settings.teacher_settings import TeacherSettings
 from edgecompress.settings.training_settings import TrainingSettings
 from edgecompress.training.distill import DistillationLoss, TrainingLoss
 from edgecompress.training.layer_matching import LayerMatcher
 from edgecompress.training.precision import make_accelerator, resolve_precision
-from edgecompress.training.teacher import FrozenTeacher, TeacherView
+from edgecompress.training.teacher import FrozenTeacher, TeacherView, require_same_channels
 
 
 def open_teachers(settings: TeacherSettings, data: ImageData, earlier: Callable[[str], Checkpoint]) -> list[Checkpoint]:
@@ -41,6 +43,30 @@ def open_teachers(settings: TeacherSettings, data: ImageData, earlier: Callable[
             )
         opened.append(Checkpoint(created.module.eval(), created.architecture))
     return opened
+
+
+def require_fitting_teachers(recipe: Recipe, data: ImageData) -> None:
+    """Raise ModelError where a stage's teacher cannot read what its student does: before hours of training, not after.
+
+    Nothing is built or downloaded.
+    """
+    current = resolve_architecture(recipe.model, data).preprocessing
+    made: dict[str, Preprocessing] = {}
+    for stage in recipe.stages:
+        if isinstance(stage, DistillStage) and stage.model is not None:
+            current = resolve_architecture(stage.model, data).preprocessing
+        made[stage.id] = current
+        teacher = getattr(stage, "teacher", None)
+        for source in teacher.sources if isinstance(teacher, TeacherSettings) else ():
+            if source.model is not None:
+                own = resolve_architecture(source.model, data).preprocessing
+            else:
+                assert source.stage is not None
+                own = made[source.stage]
+            try:
+                require_same_channels(current, own)
+            except ModelError as error:
+                raise ModelError(f"stage {stage.id}: {error}") from error
 
 
 def teaching_loss(
