@@ -14,7 +14,7 @@ from rich.table import Table
 
 from edgecompress.commands import cli_output
 from edgecompress.pipeline import Outcome
-from edgecompress.reporting import summary
+from edgecompress.reporting import summary, value_text
 from edgecompress.run_directory import RunDirectory
 
 MANIFEST: dict[str, Any] = {
@@ -105,7 +105,7 @@ def _printed(table: Table, width: int = 100) -> list[str]:
     ],
 )
 def test_bytes_are_decimal_with_three_digits(value: float | None, expected: str) -> None:
-    assert summary.bytes_text(value) == expected
+    assert value_text.bytes_text(value) == expected
 
 
 @pytest.mark.parametrize(
@@ -122,7 +122,7 @@ def test_bytes_are_decimal_with_three_digits(value: float | None, expected: str)
     ],
 )
 def test_numbers(value: object, expected: str) -> None:
-    assert summary.number_text(value) == expected
+    assert value_text.number_text(value) == expected
 
 
 @pytest.mark.parametrize(
@@ -130,14 +130,14 @@ def test_numbers(value: object, expected: str) -> None:
     [(1.0, "100.0 %"), (0.9997, "99.97 %"), (0.975, "97.5 %"), (0.0, "0.0 %"), (0.0002, "0.02 %")],
 )
 def test_percent_never_rounds_to_a_false_end(value: float, expected: str) -> None:
-    assert summary.percent_text(value) == expected
+    assert value_text.percent_text(value) == expected
 
 
 @pytest.mark.parametrize(
     ("value", "expected"), [(-0.34, "-0.3"), (0.4, "+0.4"), (-0.03, "-0.03"), (0.0, "0.0"), (None, "-")]
 )
 def test_points(value: float | None, expected: str) -> None:
-    assert summary.points_text(value) == expected
+    assert value_text.points_text(value) == expected
 
 
 @pytest.mark.parametrize(
@@ -145,7 +145,7 @@ def test_points(value: float | None, expected: str) -> None:
     [(0.42, "0.42 s"), (6.2, "6.2 s"), (9.97, "10 s"), (74.2, "74 s"), (200, "3.3 min"), (7512, "2.1 h")],
 )
 def test_seconds(value: float, expected: str) -> None:
-    assert summary.seconds_text(value) == expected
+    assert value_text.seconds_text(value) == expected
 
 
 @pytest.mark.parametrize(
@@ -161,7 +161,7 @@ def test_seconds(value: float, expected: str) -> None:
     ],
 )
 def test_limits_carry_direction_and_unit(value: float | None, name: str, expected: str) -> None:
-    assert summary.limit_text(value, name) == expected
+    assert value_text.limit_text(value, name) == expected
 
 
 @pytest.mark.parametrize(
@@ -175,7 +175,7 @@ def test_limits_carry_direction_and_unit(value: float | None, name: str, expecte
     ],
 )
 def test_changes_use_the_word_that_fits(before: float | None, after: float, expected: str) -> None:
-    assert summary.change_text(before, after, less="smaller", more="larger") == expected
+    assert value_text.change_text(before, after, less="smaller", more="larger") == expected
 
 
 @pytest.mark.parametrize(
@@ -301,16 +301,16 @@ def test_without_a_measurement_there_is_no_ship() -> None:
 
 
 def test_printable_defuses_and_keeps_what_is_text() -> None:
-    assert summary.printable("\x1b[31m\u202eab\ud800") == "\ufffd[31m\ufffdab\ufffd"
+    assert value_text.printable("\x1b[31m\u202eab\ud800") == "\ufffd[31m\ufffdab\ufffd"
     family = "\U0001f469\u200d\U0001f680 \u05e9\u05dc\u05d5\u05dd"
-    assert summary.printable(family) == family
-    assert summary.printable("x" * 50, limit=10) == "x" * 9 + "\u2026"
+    assert value_text.printable(family) == family
+    assert value_text.printable("x" * 50, limit=10) == "x" * 9 + "\u2026"
 
 
 @given(st.floats(allow_nan=True, allow_infinity=True) | st.integers() | st.none() | st.text(max_size=5))
 def test_every_value_has_a_text(value: object) -> None:
     for name in ("size_bytes", "latency_ms", "accuracy", "seconds", "max_accuracy_drop", "anything"):
-        assert summary.quantity_text(value, name)
+        assert value_text.quantity_text(value, name)
 
 
 def test_a_target_that_was_not_at_hand_is_not_called_measured() -> None:

@@ -74,7 +74,7 @@ def remove_command(
         return {"removed": removed, "freed_bytes": sum(row["size_bytes"] for row in removed)}
 
     def show(document: Json) -> None:
-        from edgecompress.reporting.summary import bytes_text
+        from edgecompress.reporting.value_text import bytes_text
 
         for row in document["removed"]:
             typer.echo(f"removed: {row['path']} ({bytes_text(row['size_bytes'])})")
@@ -125,7 +125,7 @@ def _removable(path: Path) -> Json:
 
 def _ask(rows: Sequence[Json]) -> None:
     """Ask on the terminal. Raises ConfigurationError where there is none, or the answer is no."""
-    from edgecompress.reporting.summary import bytes_text
+    from edgecompress.reporting.value_text import bytes_text
 
     if not sys.stdin.isatty():
         raise ConfigurationError("runs rm asks before it removes, and there is no terminal; give --yes")
@@ -140,7 +140,7 @@ def _table(rows: Sequence[Json]) -> Table:
     from rich import box
     from rich.table import Table
 
-    from edgecompress.reporting.summary import bytes_text
+    from edgecompress.reporting.value_text import bytes_text
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("run", overflow="fold", ratio=1)

@@ -11,13 +11,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from edgecompress.errors import ConfigurationError
-from edgecompress.reporting import summary
+from edgecompress.reporting import summary, value_text
 from edgecompress.reporting.accuracy_pairs import Right, paired_difference, pairing_text, right_answers, same_images
 from edgecompress.reporting.differences import SAME_WITHIN, Difference, accuracy_difference, size_ratio, time_ratio
 from edgecompress.reporting.fact_rows import command_text, run_words
 from edgecompress.reporting.figures import figures_of, latency_trade_off, size_trade_off
 from edgecompress.reporting.report_facts import report_document
-from edgecompress.reporting.summary import Json, number, section
+from edgecompress.reporting.summary import Json, section
+from edgecompress.reporting.value_text import number
 from edgecompress.reporting.variants import name_of, pair, variants
 from edgecompress.run_directory import RunDirectory, is_plain_name, read_json, reading_documents
 
@@ -94,7 +95,7 @@ def _candidates(runs: Sequence[RunDirectory], target: str | None) -> list[Candid
         profile = read_json(path) if path.is_file() else {}
         # Runs of one name in two folders are told apart by their whole path.
         places = {str(other.path.resolve()) for other, _, _ in found if other.path.resolve().name == own}
-        called = summary.printable(own if len(places) == 1 else run.path, limit=60)
+        called = value_text.printable(own if len(places) == 1 else run.path, limit=60)
         candidates.append(
             Candidate(
                 name=f"{called} on {name}" if several else called,
@@ -220,7 +221,7 @@ def _metric_row(metric: Metric, candidates: Sequence[Candidate]) -> dict[str, An
             {
                 "value": own.value,
                 "ci95": own.interval,
-                "text": summary.quantity_text(own.value, metric.key),
+                "text": value_text.quantity_text(own.value, metric.key),
                 "difference": None if difference is None else difference.to_dict(),
                 "difference_text": "reference" if index == 0 else _difference_text(metric, difference),
                 "images_text": None if difference is None or not difference.paired else pairing_text(difference.paired),
@@ -264,19 +265,19 @@ def _margin(metric: Metric, found: Sequence[Found], winners: Sequence[int]) -> s
 
 def _difference_text(metric: Metric, difference: Difference | None) -> str:
     if difference is None:
-        return summary.MISSING
+        return value_text.MISSING
     better, worse = metric.words
     if metric.by_points:
-        low, high = summary.points_text(difference.low), summary.points_text(difference.high)
-        return f"{summary.points_text(difference.value)} points [{low}, {high}]"
+        low, high = value_text.points_text(difference.low), value_text.points_text(difference.high)
+        return f"{value_text.points_text(difference.value)} points [{low}, {high}]"
     value, low_end, high_end = difference.value, difference.low, difference.high
     if max(abs(low_end - 1), abs(high_end - 1)) <= SAME_WITHIN:
         return "the same"
     word = better
     if value < 1:
         value, low_end, high_end, word = 1 / value, 1 / high_end, 1 / low_end, worse
-    ends = "" if low_end == high_end else f" [{summary.number_text(low_end)}, {summary.number_text(high_end)}]"
-    return f"{summary.number_text(value)} times {word}{ends}"
+    ends = "" if low_end == high_end else f" [{value_text.number_text(low_end)}, {value_text.number_text(high_end)}]"
+    return f"{value_text.number_text(value)} times {word}{ends}"
 
 
 def _sentence(metrics: Sequence[Mapping[str, Any]], candidates: Sequence[Candidate]) -> str:
@@ -337,7 +338,7 @@ def _notes(candidates: Sequence[Candidate]) -> list[str]:
             continue
         loops = [number(section(c.profile, "noise").get("reference_ms")) for c in (first, other)]
         if loops[0] and loops[1] and abs(loops[1] / loops[0] - 1) > _BUSY:
-            change = summary.change_text(loops[0], loops[1], less="faster", more="slower")
+            change = value_text.change_text(loops[0], loops[1], less="faster", more="slower")
             notes.append(
                 f"The machine itself was {change} when {other.name} was measured than for {first.name} (by its fixed "
                 "loop); measure both again when it is idle, or side by side: edgecompress profile a.onnx b.onnx."
@@ -361,7 +362,7 @@ def _candidate(candidate: Candidate) -> dict[str, Any]:
         "label": decision["label"],
         "first": next(iter([*decision["notes"], *decision["reasons"]]), ""),
         "budgets": decision["budgets"],
-        "stage": summary.printable(candidate.shipped.get("id", summary.MISSING), limit=40),
+        "stage": value_text.printable(candidate.shipped.get("id", value_text.MISSING), limit=40),
         "accuracy_split": candidate.shipped.get("accuracy_split"),
         "samples": candidate.shipped.get("samples"),
     }
@@ -383,8 +384,8 @@ def _recipe_differences(candidates: Sequence[Candidate]) -> dict[str, Any]:
     keys = list(dict.fromkeys(key for own in leaves for key in own))
     rows = [
         {
-            "setting": summary.printable(key, limit=80),
-            "values": [summary.printable(own.get(key, summary.MISSING), limit=60) for own in leaves],
+            "setting": value_text.printable(key, limit=80),
+            "values": [value_text.printable(own.get(key, value_text.MISSING), limit=60) for own in leaves],
         }
         for key in keys
         if len({repr(own.get(key)) for own in leaves}) > 1

@@ -20,8 +20,9 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from edgecompress.reporting.summary import Json, number_text, printable
+from edgecompress.reporting.summary import Json
 from edgecompress.reporting.typography import typographic
+from edgecompress.reporting.value_text import number_text, printable
 
 WIDTH, HEIGHT, ROW = 400.0, 270.0, 36.0  # in SVG units, of which a phone shows nearly one a pixel
 _FONT = 11.0

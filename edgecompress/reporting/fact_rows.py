@@ -9,7 +9,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Mapping
 
-from edgecompress.reporting import summary
+from edgecompress.reporting import value_text
 from edgecompress.reporting.summary import Json
 
 _SAYING_CHARACTERS = 600
@@ -29,7 +29,7 @@ def run_words(manifest: Json, target: str) -> list[str]:
 
 def sayings(texts: object) -> list[str]:
     """Sentences that others wrote, none of them longer than a paragraph."""
-    return [summary.printable(text, limit=_SAYING_CHARACTERS) for text in texts] if isinstance(texts, list) else []
+    return [value_text.printable(text, limit=_SAYING_CHARACTERS) for text in texts] if isinstance(texts, list) else []
 
 
 def fact_rows(facts: Json, *, names: bool = False, under: str = "", parent: str = "") -> list[dict[str, str]]:
@@ -39,7 +39,7 @@ def fact_rows(facts: Json, *, names: bool = False, under: str = "", parent: str 
     """
     rows: list[dict[str, str]] = []
     for key, value in facts.items():
-        label = str(key) if names or under else summary.label_text(str(key))
+        label = str(key) if names or under else value_text.label_text(str(key))
         label = f"{under}, {label.replace('_', ' ')}" if under else label
         name = f"{parent}_{key}" if parent else str(key)
         if isinstance(value, Mapping):
@@ -52,5 +52,5 @@ def fact_rows(facts: Json, *, names: bool = False, under: str = "", parent: str 
                 for row in fact_rows(item, under=f"{label} {i}")
             ]
         elif value is not None and value != []:
-            rows.append({"label": label, "text": str(value) if names else summary.quantity_text(value, name)})
+            rows.append({"label": label, "text": str(value) if names else value_text.quantity_text(value, name)})
     return rows

@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from edgecompress.reporting import summary
-from edgecompress.reporting.summary import Json, entries, number, section
+from edgecompress.reporting import value_text
+from edgecompress.reporting.summary import Json, entries, section
+from edgecompress.reporting.value_text import number
 from edgecompress.reporting.variants import mark_front, name_of, pair
 
 Figure = dict[str, Any]
@@ -31,12 +32,12 @@ def accuracy_figure(stages: Sequence[Json]) -> Figure | None:
         interval = _percent(pair(row.get("accuracy_ci95")))
         rows.append(
             {
-                "label": summary.printable(row.get("id"), limit=24),
+                "label": value_text.printable(row.get("id"), limit=24),
                 "series": row.get("model") or ("int8" if row.get("kind") in ("quantize", "qat") else "fp32"),
                 "dot": 100 * accuracy,
                 "low": interval[0] if interval else None,
                 "high": interval[1] if interval else None,
-                "text": summary.percent_text(accuracy),
+                "text": value_text.percent_text(accuracy),
             }
         )
     if len(rows) < 2:
@@ -69,7 +70,9 @@ def latency_figure(profile: Json, budgets: Sequence[Json]) -> Figure | None:
         interval = pair(latency.get("p90_ci95")) if tail is not None else None
         row = {"label": name, "bar": median, "dot": tail}
         row |= {"low": interval[0] if interval else None, "high": interval[1] if interval else None}
-        text = f"{summary.number_text(median)} ms" + (f", 90 % within {summary.number_text(tail)} ms" if tail else "")
+        text = f"{value_text.number_text(median)} ms" + (
+            f", 90 % within {value_text.number_text(tail)} ms" if tail else ""
+        )
         rows.append({**row, "text": text})
     if not rows:
         return None
@@ -96,7 +99,7 @@ def latency_trade_off(rows: Sequence[Json]) -> Figure | None:
         if row["latency_ms_p50"] is not None
     ]
     for point in points:
-        point["text"] = f"{summary.number_text(point['x'])} ms, {point['text']}"
+        point["text"] = f"{value_text.number_text(point['x'])} ms, {point['text']}"
     return _trade_off("latency-trade-off", "Accuracy against latency", "median latency, ms", points)
 
 
@@ -110,7 +113,7 @@ def size_trade_off(rows: Sequence[Json]) -> Figure | None:
         size = sizes[id(row)]
         if size:
             kept = "compressed" if number(row.get("size_bytes_compressed")) else "uncompressed"
-            text = f"{summary.bytes_text(size)} {kept}, {point['text']}"
+            text = f"{value_text.bytes_text(size)} {kept}, {point['text']}"
             points.append(point | {"x": size / scale, "x_ci95": None, "text": text})
     return _trade_off("size-trade-off", "Accuracy against size", f"compressed size of the weights, {unit}", points)
 
@@ -124,7 +127,9 @@ def placement_figure(placement: Json) -> Figure | None:
         if latency is None or agreement is None:
             continue
         layers = len(trial.get("float_layers") or [])
-        text = f"{summary.number_text(latency)} ms, {summary.percent_text(agreement)} agreement, {layers} in float"
+        text = (
+            f"{value_text.number_text(latency)} ms, {value_text.percent_text(agreement)} agreement, {layers} in float"
+        )
         chosen = trial.get("id") == placement.get("choice")
         label = f"{trial.get('id')}{' (chosen)' if chosen else ''}"
         points.append({"label": label, "series": "int8", "x": latency, "y": 100 * agreement, "text": text})
@@ -157,7 +162,7 @@ def _points(rows: Sequence[Json]) -> list[tuple[Json, dict[str, Any]]]:
                 "y": 100 * row["accuracy"],
                 "y_ci95": interval,
             }
-            found.append((row, point | {"text": f"{summary.percent_text(row['accuracy'])} accuracy"}))
+            found.append((row, point | {"text": f"{value_text.percent_text(row['accuracy'])} accuracy"}))
     return found
 
 

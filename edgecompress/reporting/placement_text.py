@@ -11,16 +11,8 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from edgecompress.reporting.summary import (
-    Json,
-    bytes_text,
-    entries,
-    number,
-    number_text,
-    percent_text,
-    printable,
-    section,
-)
+from edgecompress.reporting.summary import Json, entries, section
+from edgecompress.reporting.value_text import bytes_text, number, number_text, percent_text, printable
 
 _NAMED = 3
 

@@ -9,7 +9,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from edgecompress.reporting.summary import bytes_text
+from edgecompress.reporting.value_text import bytes_text
 from edgecompress.run_directory import Json
 
 

@@ -12,18 +12,15 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from edgecompress.reporting.summary import (
+from edgecompress.reporting.summary import Json, entries, plain_table, section
+from edgecompress.reporting.value_text import (
     MISSING,
-    Json,
     bytes_text,
     count_text,
-    entries,
     number_text,
     percent_text,
-    plain_table,
     printable,
     quantity_text,
-    section,
 )
 
 _TOP = 8

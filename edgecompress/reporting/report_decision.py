@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from edgecompress.reporting import summary
+from edgecompress.reporting import summary, value_text
 from edgecompress.reporting.fact_rows import command_text, run_words, sayings
 from edgecompress.reporting.report_gain import baseline_and_last
 from edgecompress.reporting.report_trust import class_rows
-from edgecompress.reporting.summary import Json, entries, number, section
+from edgecompress.reporting.summary import Json, entries, section
+from edgecompress.reporting.value_text import number
 from edgecompress.run_directory import RunDirectory
 from edgecompress.settings.gates import missed_gates
 from edgecompress.settings.target import SPEED_BUDGET
@@ -102,7 +103,7 @@ def _loud_facts(parity: Json, profile: Json) -> list[str]:
         facts.append(speed)
     loud = [c for c in class_rows(parity) if c["delta"] <= -LOUD_CLASS_DROP and -c["delta"] * (c["samples"] or 0) > 1.5]
     if loud:
-        names = ", ".join(f"{c['name']} ({summary.points_text(100 * c['delta'])})" for c in loud[:3])
+        names = ", ".join(f"{c['name']} ({value_text.points_text(100 * c['delta'])})" for c in loud[:3])
         more = f" and {len(loud) - 3} more" if len(loud) > 3 else ""
         points = f"{100 * LOUD_CLASS_DROP:.0f} points"
         facts.append(f"int8 loses {points} of accuracy or more on {len(loud)} of the classes: {names}{more}.")
@@ -125,7 +126,7 @@ def budget_rows(profile: Json, stages: Sequence[Json]) -> list[dict[str, Any]]:
         own = statuses.get(name, {})
         value, interval = own.get("value", value), own.get("ci95", interval)
         status = str(own.get("status") or _budget_status(name, limit, value, interval)).replace("_", " ")
-        row = {"name": name, "label": summary.label_text(name), "limit": limit, "value": value, "ci95": interval}
+        row = {"name": name, "label": value_text.label_text(name), "limit": limit, "value": value, "ci95": interval}
         rows.append({**row, "status": status, "met": _STATUS_MEANS.get(status)})
     return rows
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from edgecompress.reporting import summary
+from edgecompress.reporting import summary, value_text
 from edgecompress.reporting.figures import (
     accuracy_figure,
     figures_of,
@@ -17,7 +17,8 @@ from edgecompress.reporting.figures import (
     placement_figure,
     size_trade_off,
 )
-from edgecompress.reporting.summary import Json, number
+from edgecompress.reporting.summary import Json
+from edgecompress.reporting.value_text import number
 from edgecompress.reporting.variants import variants
 
 _SPARSE = 0.05  # a share of zeros that no training leaves by itself
@@ -52,11 +53,11 @@ def sparsity_sentence(stages: Sequence[Json]) -> str | None:
     row = sparse[-1]
     size, packed = number(row.get("size_bytes")), number(row.get("size_bytes_compressed"))
     buys = (
-        f" They buy compressed size: {summary.bytes_text(packed)} of {summary.bytes_text(size)}."
+        f" They buy compressed size: {value_text.bytes_text(packed)} of {value_text.bytes_text(size)}."
         if size and packed
         else ""
     )
-    name, zeros = summary.printable(row.get("id"), limit=40), summary.percent_text(row["sparsity"])
+    name, zeros = value_text.printable(row.get("id"), limit=40), value_text.percent_text(row["sparsity"])
     return f"Stage {name} has {zeros} zeros among its weights. ORT's CPU kernels gain no speed from zeros.{buys}"
 
 
@@ -78,15 +79,15 @@ def gain_sentence(stages: Sequence[Json]) -> str | None:
     if ends is None:
         return None
     first, last = ends
-    compute = summary.change_text(first.get("macs"), last.get("macs"), less="fewer MACs", more="more MACs")
-    size = summary.change_text(first.get("size_bytes"), last.get("size_bytes"), less="smaller", more="larger")
+    compute = value_text.change_text(first.get("macs"), last.get("macs"), less="fewer MACs", more="more MACs")
+    size = value_text.change_text(first.get("size_bytes"), last.get("size_bytes"), less="smaller", more="larger")
     parts = ["as many MACs" if compute == "the same" else compute, "as large" if size == "the same" else size]
-    parts = [part for part in parts if part != summary.MISSING]
+    parts = [part for part in parts if part != value_text.MISSING]
     if number(last["accuracy_delta_points"]) is not None:
-        before, after = summary.percent_text(first.get("accuracy")), summary.percent_text(last.get("accuracy"))
+        before, after = value_text.percent_text(first.get("accuracy")), value_text.percent_text(last.get("accuracy"))
         split = f"{last['accuracy_split']} " if last.get("accuracy_split") else ""
         samples = f" on {last['samples']:,} {split}images" if isinstance(last.get("samples"), int) else ""
-        change = summary.points_text(last["accuracy_delta_points"])
+        change = value_text.points_text(last["accuracy_delta_points"])
         parts.append(f"accuracy {change} points ({before} to {after}{samples})")
     return f"From {first['id']} to {last['id']}: {', '.join(parts)}." if parts else None
 
@@ -96,22 +97,22 @@ def _changes(stages: Sequence[Json], profile: Json) -> list[dict[str, Any]]:
     changes: list[dict[str, Any]] = []
 
     def add(what: str, text: str, before: str, after: str, worse: bool) -> None:
-        if text != summary.MISSING:
+        if text != value_text.MISSING:
             changes.append({"what": what, "text": text, "before": before, "after": after, "worse": worse})
 
     ends = baseline_and_last(stages)
     if ends is not None:
         first, last = ends
         delta = last["accuracy_delta_points"]
-        before, after = (summary.percent_text(row.get("accuracy")) for row in ends)
-        points = summary.points_text(delta)
-        add("Accuracy", points if points == summary.MISSING else f"{points} points", before, after, worse=False)
+        before, after = (value_text.percent_text(row.get("accuracy")) for row in ends)
+        points = value_text.points_text(delta)
+        add("Accuracy", points if points == value_text.MISSING else f"{points} points", before, after, worse=False)
         for what, key, text_of, less, more in (
-            ("MACs", "macs", summary.count_text, "fewer", "more"),
-            ("Size", "size_bytes", summary.bytes_text, "smaller", "larger"),
+            ("MACs", "macs", value_text.count_text, "fewer", "more"),
+            ("Size", "size_bytes", value_text.bytes_text, "smaller", "larger"),
         ):
             old, new = first.get(key), last.get(key)
-            text = summary.change_text(old, new, less=less, more=more)
+            text = value_text.change_text(old, new, less=less, more=more)
             add(what, text, text_of(old), text_of(new), worse=text.endswith(more))
     latency = next((row for row in summary.model_rows(profile) if row["label"] == "Latency, median"), None)
     if latency is not None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from edgecompress.reporting import summary
+from edgecompress.reporting import value_text
 from edgecompress.reporting.fact_rows import command_text, fact_rows, run_words, sayings
 from edgecompress.reporting.report_decision import loud_notes
 from edgecompress.reporting.summary import Json, entries, section
@@ -56,8 +56,8 @@ def making_facts(
 def _plain(value: object, name: str) -> str:
     if name == "placement" and isinstance(value, Mapping):  # its figures stand in the reason
         layers = value.get("float_layers") or []
-        named = ", ".join(summary.printable(layer, limit=60) for layer in layers)
+        named = ", ".join(value_text.printable(layer, limit=60) for layer in layers)
         return f"{value.get('form', 'int8')}; in float: {named or 'nothing'}"
     if isinstance(value, Mapping):
-        return "; ".join(f"{row['label']}: {row['text']}" for row in fact_rows(value)) or summary.MISSING
-    return summary.quantity_text(value, name)
+        return "; ".join(f"{row['label']}: {row['text']}" for row in fact_rows(value)) or value_text.MISSING
+    return value_text.quantity_text(value, name)

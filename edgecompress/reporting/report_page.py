@@ -18,7 +18,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from edgecompress import console
-from edgecompress.reporting import drawing, summary
+from edgecompress.reporting import drawing, value_text
 from edgecompress.reporting.report_facts import report_document
 from edgecompress.reporting.typography import markdown_code, markdown_text, typographic
 from edgecompress.run_directory import RunDirectory, reading_documents, write_json, write_text
@@ -77,7 +77,7 @@ def _html_environment() -> Environment:
 
     filters = {name: typeset(function) for name, function in _FILTERS.items()}
     filters |= {"prose": typographic, "draw": drawing.draw, "legend": drawing.legend_of}
-    return _environment(lambda value: value if isinstance(value, Markup) else summary.printable(value), filters)
+    return _environment(lambda value: value if isinstance(value, Markup) else value_text.printable(value), filters)
 
 
 @functools.cache
@@ -88,13 +88,13 @@ def markdown_environment() -> Environment:
 
 
 _FILTERS: dict[str, Any] = {
-    "percent": summary.percent_text,
-    "points": summary.points_text,
-    "size": summary.bytes_text,
-    "scaled": summary.count_text,
-    "duration": summary.seconds_text,
-    "quantity": summary.quantity_text,
-    "limit": summary.limit_text,
+    "percent": value_text.percent_text,
+    "points": value_text.points_text,
+    "size": value_text.bytes_text,
+    "scaled": value_text.count_text,
+    "duration": value_text.seconds_text,
+    "quantity": value_text.quantity_text,
+    "limit": value_text.limit_text,
 }
 
 

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from edgecompress.reporting import profile_text, summary
+from edgecompress.reporting import profile_text, summary, value_text
 from edgecompress.reporting.fact_rows import fact_rows, sayings
 from edgecompress.reporting.figures import figures_of
-from edgecompress.reporting.summary import Json, entries, number, section
+from edgecompress.reporting.summary import Json, entries, section
 from edgecompress.reporting.time_figures import (
     distribution_figure,
     memory_figure,
@@ -19,6 +19,7 @@ from edgecompress.reporting.time_figures import (
     roofline_figure,
     scaling_figure,
 )
+from edgecompress.reporting.value_text import number
 
 _ISLAND_NAMES = 6
 _MODULES = 10
@@ -96,7 +97,7 @@ def _island(island: Json) -> dict[str, Any]:
     others = {key: value for key, value in island.items() if key not in named}
     return {
         "op_type": types or island.get("op_type", "?"),
-        "reason": summary.printable(island["reason"]) if island.get("reason") else None,
+        "reason": value_text.printable(island["reason"]) if island.get("reason") else None,
         "names": names[:_ISLAND_NAMES],
         "hidden": hidden,
         "facts": fact_rows(others),

@@ -11,11 +11,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from edgecompress.reporting import summary
+from edgecompress.reporting import summary, value_text
 from edgecompress.reporting.fact_rows import command_text, fact_rows, sayings
 from edgecompress.reporting.figures import figures_of
-from edgecompress.reporting.summary import Json, entries, number, section
+from edgecompress.reporting.summary import Json, entries, section
 from edgecompress.reporting.trust_figures import calibration_rows, class_figure, layer_figure, reliability_figure
+from edgecompress.reporting.value_text import number
 
 WORST_CLASSES = 20
 _NAME_CHARACTERS = 80
@@ -36,7 +37,7 @@ def class_rows(parity: Json) -> list[dict[str, Any]]:
             continue
         flips = entry.get("flips")
         row = {
-            "name": summary.printable(entry.get("name", "?"), limit=_NAME_CHARACTERS),
+            "name": value_text.printable(entry.get("name", "?"), limit=_NAME_CHARACTERS),
             "samples": entry.get("samples"),
         }
         row |= {"accuracy_fp32": before, "accuracy_int8": after, "delta": after - before}
@@ -77,7 +78,7 @@ def trust_facts(
         ),
         "gates": [
             {
-                "label": summary.gate_label(gate),
+                "label": value_text.gate_label(gate),
                 "name": name,
                 **{key: gate.get(key) for key in ("value", "limit", "passed")},
             }
@@ -112,9 +113,9 @@ def _comparisons(parity: Json, passed: Mapping[str, Any]) -> list[dict[str, Any]
             row = {
                 "what": what,
                 "against": against,
-                "agreement": summary.quantity_text(facts.get(agreement), agreement),
+                "agreement": value_text.quantity_text(facts.get(agreement), agreement),
             }
-            row["rest"] = ", ".join(f"{label} {summary.quantity_text(value, key)}" for label, value, key in known)
+            row["rest"] = ", ".join(f"{label} {value_text.quantity_text(value, key)}" for label, value, key in known)
             # What the file says of itself covers both int8 rows: a pass holds for each, a miss only for one.
             own = facts.get("passed") if facts is fp32 or facts.get("passed") else None
             rows.append({**row, "passed": own if passed.get(gate) is None or own is False else passed[gate]})
@@ -136,9 +137,9 @@ def _other_comparisons(parity: Json) -> list[dict[str, Any]]:
         {
             "what": what,
             "against": against,
-            "agreement": summary.quantity_text(facts.get("top1_agreement"), "top1_agreement"),
+            "agreement": value_text.quantity_text(facts.get("top1_agreement"), "top1_agreement"),
             "rest": ", ".join(
-                f"{label} {summary.quantity_text(facts[key], key)}"
+                f"{label} {value_text.quantity_text(facts[key], key)}"
                 for label, key in _FP32_DIFFERENCES.items()
                 if facts.get(key) is not None
             ),
@@ -174,7 +175,7 @@ def _confusions(parity: Json) -> dict[str, Any]:
     """Which class is answered in place of which, where int8 changed how often."""
     rows = [
         {
-            **{key: summary.printable(row.get(key, "?"), limit=_NAME_CHARACTERS) for key in ("class", "answer")},
+            **{key: value_text.printable(row.get(key, "?"), limit=_NAME_CHARACTERS) for key in ("class", "answer")},
             **{key: int(number(row.get(key)) or 0) for key in ("fp32", "int8")},
         }
         for row in entries(section(parity, "confusions"), "rows")
@@ -187,16 +188,18 @@ def _flipped(parity: Json, folder: Path | None) -> list[dict[str, Any]]:
     """The flipped images that parity.json names, by class, each with its picture as a data URI where it is there."""
     groups: dict[str, list[dict[str, Any]]] = {}
     for row in entries(parity, "flipped"):
-        name = summary.printable(row.get("class", "?"), limit=_NAME_CHARACTERS)
+        name = value_text.printable(row.get("class", "?"), limit=_NAME_CHARACTERS)
         change = "lost" if row.get("lost") else "won" if row.get("won") else "wrong before and after"
         groups.setdefault(name, []).append(
             {
-                "image": summary.printable(row.get("file") or f"image {row.get('image', '?')}", limit=_NAME_CHARACTERS),
+                "image": value_text.printable(
+                    row.get("file") or f"image {row.get('image', '?')}", limit=_NAME_CHARACTERS
+                ),
                 "picture": _picture(folder, row.get("picture")),
                 "change": change,
                 **{
-                    key: f"{summary.printable(row.get(key, '?'), limit=40)} "
-                    f"({summary.percent_text(row.get(f'{key}_confidence'))} sure)"
+                    key: f"{value_text.printable(row.get(key, '?'), limit=40)} "
+                    f"({value_text.percent_text(row.get(f'{key}_confidence'))} sure)"
                     for key in ("fp32", "int8")
                 },
             }
@@ -221,9 +224,9 @@ def _causes(debug: Json) -> list[dict[str, Any]]:
     found += [("the whole model", cause) for cause in entries(debug, "model")]
     return [
         {
-            "layer": summary.printable(layer, limit=_NAME_CHARACTERS),
-            "words": summary.printable(cause.get("words", ""), limit=600),
-            "setting": summary.printable(cause.get("setting") or "", limit=600),
+            "layer": value_text.printable(layer, limit=_NAME_CHARACTERS),
+            "words": value_text.printable(cause.get("words", ""), limit=600),
+            "setting": value_text.printable(cause.get("setting") or "", limit=600),
         }
         for layer, cause in found
     ]

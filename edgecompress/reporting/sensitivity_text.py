@@ -11,7 +11,8 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from edgecompress.reporting.summary import Json, entries, number_text, percent_text, printable
+from edgecompress.reporting.summary import Json, entries
+from edgecompress.reporting.value_text import number_text, percent_text, printable
 
 
 def channels_table(document: Json) -> Table:

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from edgecompress.reporting import summary
+from edgecompress.reporting import summary, value_text
 from edgecompress.reporting.figures import Figure
-from edgecompress.reporting.summary import Json, entries, number, section
+from edgecompress.reporting.summary import Json, entries, section
+from edgecompress.reporting.value_text import number
 from edgecompress.reporting.variants import pair
 
 _MODELS = ("baseline", "fp32", "int8")
@@ -74,7 +75,7 @@ def operator_figure(profile: Json) -> Figure | None:
 
 def _operator_row(name: object, count: int, ms: float, share: object) -> dict[str, Any]:
     nodes = f" x {count}" if count > 1 else ""
-    text = f"{summary.percent_text(share)}, {summary.number_text(ms)} ms"
+    text = f"{value_text.percent_text(share)}, {value_text.number_text(ms)} ms"
     return {"label": f"{name}{nodes}", "series": "int8" if "Q" in str(name) else "fp32", "bar": ms, "text": text}
 
 
@@ -146,8 +147,9 @@ def roofline_figure(profile: Json) -> Figure | None:
         "id": "roofline-figure",
         "kind": "lines",
         "title": "Roofline: what the machine could do",
-        "description": f"Thin lines are this machine's measured roofs: memory {summary.number_text(memory)} GB/s, "
-        f"{summary.number_text(floating)} GMAC/s in float (lower) and {summary.number_text(integer)} in int8 (upper). "
+        "description": f"Thin lines are this machine's measured roofs: memory {value_text.number_text(memory)} GB/s, "
+        f"{value_text.number_text(floating)} GMAC/s in float (lower) and {value_text.number_text(integer)} in int8 "
+        "(upper). "
         "The distance of a mark to its roof is what small layers, other operators and conversions cost; "
         "a mark above the slope has its weights in the cache.",
         "x": {"label": "multiply-accumulates per byte of weights", "log": True},
@@ -163,9 +165,9 @@ def memory_figure(profile: Json) -> Figure | None:
         model = section(profile, "models", name)
         peak, own = number(model.get("peak_rss_bytes")), number(model.get("model_rss_bytes"))
         if peak is not None:
-            added = f", {summary.bytes_text(own)} by the model" if own is not None else ""
+            added = f", {value_text.bytes_text(own)} by the model" if own is not None else ""
             interval = pair(model.get("peak_rss_bytes_range"))
-            row = {"label": name, "bar": peak / 1e6, "text": f"{summary.bytes_text(peak)}{added}"}
+            row = {"label": name, "bar": peak / 1e6, "text": f"{value_text.bytes_text(peak)}{added}"}
             low_high = (interval[0] / 1e6, interval[1] / 1e6) if interval else (None, None)
             rows.append({**row, "low": low_high[0], "high": low_high[1]})
     if not rows:

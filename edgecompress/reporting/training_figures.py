@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from edgecompress.reporting.figures import Figure, figures_of
-from edgecompress.reporting.summary import Json, number, printable
+from edgecompress.reporting.summary import Json
+from edgecompress.reporting.value_text import number, printable
 
 _POINTS = 200
 

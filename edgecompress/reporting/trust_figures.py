@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from edgecompress.reporting import summary
+from edgecompress.reporting import value_text
 from edgecompress.reporting.figures import Figure
-from edgecompress.reporting.summary import Json, entries, number, section
+from edgecompress.reporting.summary import Json, entries, section
+from edgecompress.reporting.value_text import number
 
 _LAYERS = 14
 _MANY_CLASSES = 15
@@ -91,10 +92,10 @@ def calibration_rows(parity: Json, stages: Sequence[Json]) -> list[dict[str, str
     """Expected calibration error of every stage and of both files, as texts."""
     rows = [
         {
-            "what": f"stage {summary.printable(row.get('id'), limit=40)}, PyTorch",
-            "ece": summary.percent_text(row["ece"]),
-            "confidence": summary.MISSING,
-            "accuracy": summary.percent_text(row.get("accuracy")),
+            "what": f"stage {value_text.printable(row.get('id'), limit=40)}, PyTorch",
+            "ece": value_text.percent_text(row["ece"]),
+            "confidence": value_text.MISSING,
+            "accuracy": value_text.percent_text(row.get("accuracy")),
         }
         for row in stages
         if number(row.get("ece")) is not None
@@ -105,9 +106,9 @@ def calibration_rows(parity: Json, stages: Sequence[Json]) -> list[dict[str, str
             rows.append(
                 {
                     "what": f"{name} file",
-                    "ece": summary.percent_text(found["ece"]),
-                    "confidence": summary.percent_text(found.get("mean_confidence")),
-                    "accuracy": summary.percent_text(section(parity, "onnx_int8").get(f"accuracy_{name}")),
+                    "ece": value_text.percent_text(found["ece"]),
+                    "confidence": value_text.percent_text(found.get("mean_confidence")),
+                    "accuracy": value_text.percent_text(section(parity, "onnx_int8").get(f"accuracy_{name}")),
                 }
             )
     return rows

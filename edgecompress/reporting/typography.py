@@ -9,21 +9,21 @@ import re
 
 from markupsafe import Markup
 
-from edgecompress.reporting import summary
+from edgecompress.reporting import value_text
 
 _MARKDOWN_SPECIAL = re.compile(r"[\\`*\[\]|~#$]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])")
 
 
 def markdown_text(value: object) -> Markup:
     """A value as Markdown that shows just its characters: on one line, with markup and HTML made inert."""
-    text = " ".join(summary.printable(value).split())
+    text = " ".join(value_text.printable(value).split())
     text = _MARKDOWN_SPECIAL.sub(lambda found: "\\" + found[0], text)
     return Markup(text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;"))
 
 
 def markdown_code(value: object) -> Markup:
     """A block of code that no run of backticks within it can end."""
-    text = summary.printable(value).rstrip("\n")
+    text = value_text.printable(value).rstrip("\n")
     fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", text)), default=0))
     return Markup(f"{fence}\n{text}\n{fence}")
 
@@ -31,7 +31,7 @@ def markdown_code(value: object) -> Markup:
 def typographic(value: object) -> str:
     """Typeset text of ours: true minus signs, units that stay with their number, a dash for what is missing."""
     text = str(value)
-    if text == summary.MISSING:
+    if text == value_text.MISSING:
         return "\N{EN DASH}"
     text = re.sub(r"(?<![\w.])-(?=\d)", "\N{MINUS SIGN}", text)
     return re.sub(r"(?<=\d) (?=(?:%|ms|s|[kMGT]?B|points|dB)(?!\w))", "\N{NO-BREAK SPACE}", text)

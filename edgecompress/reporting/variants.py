@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from edgecompress.reporting import summary
-from edgecompress.reporting.summary import Json, number, section
+from edgecompress.reporting import value_text
+from edgecompress.reporting.summary import Json, section
+from edgecompress.reporting.value_text import number
 
 _INT8_KINDS = ("quantize", "qat")
 
@@ -76,5 +77,5 @@ def name_of(row: Json) -> str:
     """What to call a variant: its `label` if it has one, or its stage, and the file's form where that says more."""
     if row.get("label"):
         return str(row["label"])
-    stage = summary.printable(row.get("id"), limit=24)
+    stage = value_text.printable(row.get("id"), limit=24)
     return stage if row["model"] in (None, row.get("id")) else f"{stage} ({row['model']})"

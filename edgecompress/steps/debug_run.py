@@ -13,7 +13,8 @@ from edgecompress.errors import ProfileError
 from edgecompress.int8.diagnosis import HEALTHY_DB, diagnose
 from edgecompress.machine import has_vnni
 from edgecompress.measure.integer_graph import inspect_integer_graph
-from edgecompress.reporting.summary import entries, number, percent_text, printable, section
+from edgecompress.reporting.summary import entries, section
+from edgecompress.reporting.value_text import number, percent_text, printable
 from edgecompress.run_directory import Json, RunDirectory, write_json
 from edgecompress.settings.target import Target
 from edgecompress.steps.export_run import export_folder
