@@ -45,16 +45,17 @@ class SearchSpace:
         return {dimension.path: dimension.first for dimension in self.dimensions}
 
     def spread(self, count: int) -> list[Settings]:
-        """Up to `count` points to begin with: the start, then parts of the ranges of what costs, evenly far apart.
+        """Up to `count` points to begin with: the start, then what costs at even distances over its range.
 
-        All but the first leave the other fields to the sampler, so that these points tell something about those too.
+        All other fields stay at the start's values, as in the grid that a person would try: it takes more trials than
+        a search has to find settings as good as those that somebody chose.
         """
         points = [self.start()]
         costly = [d for d in self.dimensions if not d.choices and d.path.endswith(_COST_FIELDS)]
         more = count - 1
         for number in range(more if costly else 0):
             share = (number + 0.5) / more
-            point = {dimension.path: dimension.at(share) for dimension in costly}
+            point = points[0] | {dimension.path: dimension.at(share) for dimension in costly}
             if point != points[0]:  # it is where nothing else is searched
                 points.append(point)
         return points

@@ -49,7 +49,7 @@ from edgecompress.training.training_loop import EpochRecord
 Minimize = Literal["latency", "size", "memory"]
 FloatStage = TrainStage | DistillStage | PruneStage | FactorizeStage
 TRIALS = "trials"
-_EARLIEST_SHARE = 0.25  # of a trial's epochs, before which nothing is judged
+_EARLIEST_SHARE = 0.5  # of a trial's epochs, before which nothing is judged
 
 
 class TrialStopped(Exception):  # noqa: N818  (no error: the trial was given up, and why is its message)
@@ -144,7 +144,7 @@ class Trial:
     # ---- while it trains
 
     def _watch(self, recipe: Recipe) -> Watch:
-        """Counts the epochs of stages that are this trial's own, and asks the judge from a quarter of them on."""
+        """Counts the epochs of stages that are this trial's own, and asks the judge from half of them on."""
         own = own_stages(self.terms.space, recipe)
         total = sum(_epochs_of(stage) for stage in own)
         before = {stage.id: sum(_epochs_of(earlier) for earlier in own[:n]) for n, stage in enumerate(own)}
