@@ -66,7 +66,10 @@ def test_first_points_are_spread_over_what_costs(tmp_path: Path) -> None:
     ratios = [point["stages.pruned.channel_ratio"] for point in points[1:]]
     assert ratios == pytest.approx([0.25, 0.35, 0.45, 0.55, 0.65])
     for point in points:
-        space.recipe_with(space.start() | point)
+        space.recipe_with(point)
+        others = [path for path in point if not path.endswith(("ratio", "width"))]
+        assert others
+        assert [point[path] for path in others] == [points[0][path] for path in others], "as somebody chose them"
 
 
 @pytest.mark.parametrize(

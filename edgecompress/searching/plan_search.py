@@ -51,10 +51,7 @@ def search_plan(order: SearchOrder, directory: Path, *, resume: bool) -> Json:
     order = order.resolved()
     space = load_space(order.source, order.overrides)
     require_measurable(order)
-    recipes = [
-        space.recipe_with(space.start() | point, max_accuracy_drop=order.max_accuracy_drop)
-        for point in space.spread(SPREAD)
-    ]
+    recipes = [space.recipe_with(point, max_accuracy_drop=order.max_accuracy_drop) for point in space.spread(SPREAD)]
     data = data_at_hand(recipes[0])
     earlier = earlier_search(directory, search_key(order, space, data), resume=resume)
     warm_points(order, space)
