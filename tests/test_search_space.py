@@ -64,7 +64,7 @@ def test_first_points_are_spread_over_what_costs(tmp_path: Path) -> None:
     points = space.spread(6)
     assert points[0] == space.start()
     ratios = [point["stages.pruned.channel_ratio"] for point in points[1:]]
-    assert ratios == pytest.approx([0.25, 0.35, 0.45, 0.55, 0.65])
+    assert ratios == pytest.approx([0.25, 0.35, 0.55, 0.65]), "0.45 is the start, which is not tried twice"
     for point in points:
         space.recipe_with(point)
         others = [path for path in point if not path.endswith(("ratio", "width"))]
