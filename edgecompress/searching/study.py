@@ -31,6 +31,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from edgecompress.errors import RunError
 from edgecompress.run_directory import Json
+from edgecompress.searching.sampler import FrontSampler
 from edgecompress.settings.search_space import Dimension, label
 
 FILE = "search.sqlite3"
@@ -185,7 +186,7 @@ class SharedStudy:
         return attempt
 
     def _sampler(self) -> optuna.samplers.BaseSampler:
-        """Tree-structured Parzen estimators once there is something to model; before that random points.
+        """A model of what was found, once there is something to model; before that random points.
 
         Made anew for every attempt and seeded by their number, so that a search that goes
         on draws no old points; workers that ask at the same time must not draw the same one.
@@ -193,8 +194,11 @@ class SharedStudy:
         attempts = self._study.get_trials(deepcopy=False)
         is_shared = any(attempt.state == TrialState.RUNNING for attempt in attempts)
         own = f"{socket.gethostname()} {os.getpid()}" if is_shared else ""
-        return optuna.samplers.TPESampler(
-            seed=_mixed(self.seed, len(attempts), own), n_startup_trials=_STARTUP_TRIALS, constant_liar=True
+        return FrontSampler(
+            {dimension.path: distribution_of(dimension) for dimension in self.dimensions},
+            seed=_mixed(self.seed, len(attempts), own),
+            startup=_STARTUP_TRIALS,
+            constraint=CONSTRAINT,
         )
 
     def _suggest(self, handle: optuna.Trial, dimension: Dimension) -> Any:
