@@ -107,9 +107,13 @@ _REMEDIES = {
 _FOREIGN_WORDS = {
     **dict.fromkeys(("No space left on device", "os error 28"), errno.ENOSPC),
     "PytorchStreamWriter failed writing": errno.EIO,
-    **dict.fromkeys(("can't allocate memory", "Cannot allocate memory", "bad_alloc"), errno.ENOMEM),
+    **dict.fromkeys(("can't allocate memory", "Cannot allocate memory", "bad_alloc", "out of memory"), errno.ENOMEM),
+    **dict.fromkeys(("could not create a primitive", "could not create a memory"), errno.ENOMEM),  # oneDNN
+    **dict.fromkeys(("Failed to allocate memory", "can't start new thread"), errno.ENOMEM),
     **dict.fromkeys(("Too many open files", "os error 24"), errno.EMFILE),
 }
+# Whatever a step was at, these are no fault of its input: they are said even where it made an error of its own of them.
+_ALWAYS_SAID = {errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO}
 
 
 @contextmanager
@@ -117,17 +121,41 @@ def machine_faults() -> Iterator[None]:
     """Within the block, what the machine refuses is a MachineError that says what, where, and what to do."""
     try:
         yield
-    except EdgeCompressError:
-        raise
-    except OSError as error:
-        place = f"{error.filename}: " if error.filename is not None else ""
-        remedy = _REMEDIES.get(error.errno or 0, "mend that, then give the same command again")
-        raise MachineError(f"{place}{error.strerror or error}; {remedy}") from error
-    except MemoryError as error:
-        raise MachineError(f"not enough memory; {_REMEDIES[errno.ENOMEM]}") from error
     except Exception as error:  # each library has exceptions of its own, with no base but this
-        found = next((number for words, number in _FOREIGN_WORDS.items() if words in str(error)), None)
+        found = machine_fault(error)
         if found is None:
             raise
-        first = str(error).strip().splitlines()[0]
-        raise MachineError(f"{first}; {_REMEDIES[found]}") from error
+        raise found from error
+
+
+def machine_fault(error: BaseException) -> MachineError | None:
+    """What the machine refused where that is what an error, or one that it was made of, is about; else None."""
+    if isinstance(error, MachineError):
+        return error
+    for depth, one in enumerate(_with_causes(error)):
+        found = None if isinstance(one, EdgeCompressError) else _fault_in(one)
+        if found is not None and (depth == 0 or found[0] in _ALWAYS_SAID):
+            return MachineError(found[1])
+    return None
+
+
+def _with_causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+
+
+def _fault_in(error: BaseException) -> tuple[int, str] | None:
+    """Its number and the sentence about it; None where an error is not about the machine."""
+    if isinstance(error, OSError):
+        place = f"{error.filename}: " if error.filename is not None else ""
+        remedy = _REMEDIES.get(error.errno or 0, "mend that, then give the same command again")
+        return error.errno or 0, f"{place}{error.strerror or error}; {remedy}"
+    if isinstance(error, MemoryError):
+        return errno.ENOMEM, f"not enough memory; {_REMEDIES[errno.ENOMEM]}"
+    for line in str(error).splitlines():
+        for words, number in _FOREIGN_WORDS.items():
+            if words in line:
+                what = "not enough memory: " if number == errno.ENOMEM else ""
+                return number, f"{what}{line.strip()[:300]}; {_REMEDIES[number]}"
+    return None

@@ -34,6 +34,7 @@ from edgecompress.run_directory import (
     new_run_path,
     open_run,
     read_json,
+    versioned,
     write_json,
 )
 from edgecompress.searching.order import SearchOrder
@@ -176,7 +177,7 @@ def profile(
     how: Json = {"seconds": seconds, "thoroughness": thoroughness, "host": host, "results": results, "depth": depth}
     document = profile_run(run, resolved, folder=folder, **how)
     report = write_report(run, resolved.name)
-    return Outcome(run, _with_artifacts(run), document["missed"], {resolved.name: document}, {resolved.name: report})
+    return Outcome(run, run.read_manifest(), document["missed"], {resolved.name: document}, {resolved.name: report})
 
 
 def profile_files(
@@ -197,7 +198,7 @@ def profile_files(
     if output is not None and (output.is_dir() or not output.absolute().parent.is_dir()):
         raise ConfigurationError(f"--output {output}: give a file in a folder that is there")
     how: Json = {"seconds": seconds, "thoroughness": thoroughness, "depth": depth}
-    document = measure_files(paths, target=resolved, shapes=sizes, **how)
+    document = versioned(measure_files(paths, target=resolved, shapes=sizes, **how))
     if output is not None:
         write_json(output, document)
     return document
@@ -211,9 +212,8 @@ def report(path: Path | None, *, target: str | None = None, formats: Sequence[st
     names = [load_target(target).name] if target else _profiled(run) or list(manifest.get("targets", []))
     if not names:
         raise RunError(f"{run.path}: no target yet; first: edgecompress profile {run.path} --target x86")
-    with run.replacing(run.path / "report"):
-        reports = {name: write_report(run, name, formats) for name in names}
-    return Outcome(run, _with_artifacts(run), reports=reports)
+    reports = {name: write_report(run, name, formats) for name in names}
+    return Outcome(run, run.read_manifest(), reports=reports)
 
 
 def compare(
@@ -223,7 +223,8 @@ def compare(
 
     They go into the folder `output`, by default a new one beside the runs.
     """
-    document = comparison_document([open_run(path) for path in paths], load_target(target).name if target else None)
+    name = load_target(target).name if target else None
+    document = versioned(comparison_document([open_run(path) for path in paths], name))
     folder = output if output is not None else new_run_path("comparison")
     if output is not None and any((folder / f"comparison.{name}").exists() for name in formats):
         raise ConfigurationError(f"--output {folder}: holds a comparison already; name another folder, or remove it")
@@ -244,7 +245,7 @@ def bundle(
         output=output if output is not None else run.path / "bundle",
         preprocessing_inside=preprocessing_inside,
     )
-    manifest = _with_artifacts(run)
+    manifest = run.read_manifest()
     verdict = made.manifest["verdict"]
     missed = [*verdict["gates_missed"], *verdict["missed"]]
     missed += [
@@ -253,11 +254,6 @@ def bundle(
         if not row["passed"]
     ]
     return Outcome(run, manifest, list(dict.fromkeys(missed))), made
-
-
-def _with_artifacts(run: RunDirectory) -> Json:
-    """The manifest, with the hashes of the files that the run holds now."""
-    return run.update_manifest(lambda m: m.update(artifacts=run.artifacts()))
 
 
 @_alone
@@ -277,7 +273,7 @@ def sensitivity(
     run = open_run(path)
     stage = recipe_of(run.read_manifest()).quantize_stage
     file = run.stage(stage.id) / SENSITIVITY_FILE
-    document: Json = read_json(file) if file.is_file() else {}
+    document: Json = versioned(read_json(file) if file.is_file() else {})
     if what == "both" and isinstance(stage, QatStage):
         console.warn(f"stage {stage.id} is qat, whose integers come from training; only channels are measured")
         what = "channels"
@@ -288,8 +284,7 @@ def sensitivity(
         document["channels"] = channel_sensitivity_run(
             run, resolved, images=images or CHANNEL_IMAGES, macs_ratio=macs_ratio, timed=timed
         )
-    write_json(file, document)
-    run.update_manifest(lambda m: m.update(artifacts=run.artifacts()))
+    run.write_document(file, document)
     return Outcome(run, run.read_manifest()), document
 
 
@@ -346,7 +341,7 @@ def run(
         # The report is written last, so that it says "complete".
         for target in resolved:
             reports[target.name] = write_report(directory, target.name)
-        manifest = _with_artifacts(directory)
+        manifest = directory.read_manifest()
         judged = [name for name, profile in profiles.items() if profile["measured"]]
         missed = missed_gates(manifest, without_speed_on=judged)
         missed += [text for profile in profiles.values() for text in profile["missed"]]

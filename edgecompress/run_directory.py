@@ -105,19 +105,33 @@ def _finite(value: Any) -> Any:
     return value
 
 
+def versioned(document: Json) -> Json:
+    """The document with the version of its schema, first of its keys."""
+    return {"schema_version": SCHEMA_VERSION} | document
+
+
 def write_json(path: Path, document: Any) -> None:
-    """Write a JSON file atomically."""
-    write_text(path, to_json(document))
+    """Write a JSON file atomically, an object with the version of its schema."""
+    write_text(path, to_json(versioned(document) if isinstance(document, dict) else document))
 
 
 def read_json(path: Path) -> Json:
-    """Read a JSON object. Raises RunError naming the file."""
+    """Read a JSON object. Raises RunError naming the file, also where a later version of this package wrote it.
+
+    One without a version is from before they had one.
+    """
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise RunError(f"{path}: cannot be read: {error}") from error
     if not isinstance(document, dict):
         raise RunError(f"{path}: expected a JSON object")
+    version = document.get("schema_version", SCHEMA_VERSION)
+    if version != SCHEMA_VERSION:
+        raise RunError(
+            f"{path}: schema_version {version!r}, this edgecompress reads {SCHEMA_VERSION}; "
+            "use the version that wrote it, or give the command again that makes the file"
+        )
     return document
 
 
@@ -171,11 +185,8 @@ class RunDirectory:
         if not there:
             raise RunError(f"{self.path}: not a run directory (it holds no run.json); start one with edgecompress run")
         manifest = read_json(self.manifest_path)
-        if manifest.get("schema_version") != SCHEMA_VERSION:
-            raise RunError(
-                f"{self.manifest_path}: schema_version {manifest.get('schema_version')!r}, "
-                f"this edgecompress reads {SCHEMA_VERSION}; use the version that wrote it"
-            )
+        if "schema_version" not in manifest:
+            raise RunError(f"{self.manifest_path}: has no schema_version; it is damaged, start a new run")
         return manifest
 
     def write_manifest(self, manifest: Json) -> None:
@@ -204,33 +215,56 @@ class RunDirectory:
             write_text(path, whole + "\n" if whole else "")
         return [json.loads(line) for line in whole.splitlines()]
 
-    def artifacts(self) -> dict[str, str]:
-        """sha256 of every file of the run but the manifest and the log, by path relative to the run."""
+    def artifacts(self, recorded: Mapping[str, str] | None = None) -> dict[str, str]:
+        """sha256 of every file of the run but the manifest and the log, by path relative to the run.
+
+        Files in `recorded` keep the hash given there: what somebody changed or removed since can then still be told.
+        """
+        known = dict(recorded or {})
         skipped = {"run.json", "metrics.jsonl"}
         files = ((p, p.relative_to(self.path)) for p in sorted(self.path.rglob("*")) if p.is_file())
         # What is hidden, or in a folder that is, was in the making when a crash came.
         whole = ((p, name.as_posix()) for p, name in files if not any(part.startswith(".") for part in name.parts))
-        return {name: sha256_of(p) for p, name in whole if name not in skipped}
+        return known | {name: sha256_of(p) for p, name in whole if name not in skipped and name not in known}
 
     @contextmanager
-    def replacing(self, folder: Path) -> Iterator[None]:
-        """Within the block files below `folder` are replaced: run.json names none of them, so a crash leaves no lie.
+    def replacing(self, place: Path) -> Iterator[None]:
+        """Within the block the file or folder `place` is replaced: run.json names none of it, so a crash leaves no lie.
 
-        The block ends with the manifest's new hashes; where it ends in an error, what is there then is recorded.
+        Afterwards it is named with its new hashes, also where the block ends in an error. Hashes of other files stay as
+        they are. Does nothing for a place outside of the run.
         """
-        inside = folder.relative_to(self.path).as_posix() + "/" if folder.is_relative_to(self.path) else None
-        recorded = self.read_manifest().get("artifacts") or {}
-        kept = {name: value for name, value in recorded.items() if inside is None or not name.startswith(inside)}
-        if kept == recorded:
+        if not place.resolve().is_relative_to(self.path.resolve()):
             yield
             return
-        self.update_manifest(lambda m: m.update(artifacts=kept))
+        name = place.resolve().relative_to(self.path.resolve()).as_posix()
+
+        def forget(manifest: Json) -> None:
+            recorded = manifest.get("artifacts") or {}
+            kept = {k: v for k, v in recorded.items() if k != name and not k.startswith(f"{name}/")}
+            manifest["artifacts"] = kept
+
+        def record(manifest: Json) -> None:
+            manifest["artifacts"] = self.artifacts(manifest.get("artifacts"))
+
+        self.update_manifest(forget)
         try:
             yield
         except BaseException:
             with suppress(OSError, RunError):  # a full disk perhaps: then they stay unnamed, and the error is told
-                self.update_manifest(lambda m: m.update(artifacts=self.artifacts()))
+                self.update_manifest(record)
             raise
+        self.update_manifest(record)
+
+    def write_document(self, path: Path, document: Json) -> None:
+        """Write or replace a JSON file that run.json names with its hash."""
+        with self.replacing(path):
+            write_json(path, document)
+
+    def changed_files(self) -> list[str]:
+        """Files that are not, or no longer, as run.json records them."""
+        recorded, now = self.read_manifest().get("artifacts") or {}, self.artifacts()
+        return [name for name, digest in recorded.items() if now.get(name) != digest]
 
 
 @contextmanager
@@ -360,15 +394,10 @@ def reading_documents(*runs: RunDirectory) -> Iterator[None]:
     try:
         yield
     except _MISREADINGS as error:
-        changed = [str(run.path / name) for run in runs for name in _changed_files(run)]
+        changed = [str(run.path / name) for run in runs for name in run.changed_files()]
         which = f"changed since they were made: {', '.join(changed[:5])}" if changed else "perhaps run.json itself"
         raise RunError(
             f"{', '.join(str(run.path) for run in runs)}: a file there is not as edgecompress writes it "
             f"({type(error).__name__}: {' '.join(str(error).split())[:200]}); {which}. Restore it, or give the command "
             "again that makes it"
         ) from error
-
-
-def _changed_files(run: RunDirectory) -> list[str]:
-    recorded, now = run.read_manifest().get("artifacts") or {}, run.artifacts()
-    return [name for name, digest in recorded.items() if now.get(name) != digest]

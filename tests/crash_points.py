@@ -1,10 +1,10 @@
 """A run killed at chosen writes, and gone on with: `python tests/crash_points.py --points 100`.
 
 A point is the Nth call, within a step, that changes the file system below the run: opening for writing, fsync, rename,
-mkdir, unlink, rmdir. The process is killed there (SIGKILL: no handler, no `finally`), before the call, after it, or at
-an fsync with only half of the file's bytes on the disk. Then the same step is done again by another process. One
-process imports everything and forks one for each step, so that a point costs no start of Python. Points are counted,
-not timed, so a seed names the same ones again.
+mkdir, unlink, rmdir, and a commit to a search's study. The process is killed there (SIGKILL: no handler, no `finally`),
+before the call, after it, or at an fsync with only half of the file's bytes on the disk. Then the same step is done
+again by another process. One process imports everything and forks one for each step, so that a point costs no start of
+Python. Points are counted, not timed, so a seed names the same ones again.
 """
 
 from __future__ import annotations
@@ -13,18 +13,20 @@ import argparse
 import builtins
 import hashlib
 import io
+import itertools
 import json
 import os
 import random
 import shutil
 import signal
+import sqlite3
 import sys
 import tarfile
 import tempfile
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import closing, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,10 +38,14 @@ import torch
 import torch._dynamo
 import torch.onnx
 from safetensors import safe_open
+from sqlalchemy.engine.default import DefaultDialect
 
+import edgecompress.searching.search_run  # noqa: F401  (Optuna, for the same reason)
 from edgecompress import pipeline
 from edgecompress.machine import architecture
 from edgecompress.run_directory import sha256_of
+from edgecompress.searching.order import SearchOrder
+from edgecompress.settings.target import load_target
 
 RECIPE = """
 data: {name: digits, max_train_samples: 64}
@@ -49,6 +55,15 @@ stages:
   - {id: pruned, kind: prune, channel_ratio: 0.5, epochs: 1, epochs_between: 0, warmup_epochs: 0}
   - {id: int8, kind: quantize, effort: fast, placement: full, calibration: {samples: 16}}
 """
+SEARCHED = """
+data: {name: digits, max_train_samples: 64}
+model: {name: resnet8, arguments: {width: 16}}
+stages:
+  - {id: dense, kind: train, epochs: 1, warmup_epochs: 0}
+  - {id: pruned, kind: prune, channel_ratio: {search: [0.25, 0.5]}, epochs: 1, epochs_between: 0, warmup_epochs: 0}
+  - {id: int8, kind: quantize, effort: fast, placement: full, calibration: {samples: 16}}
+"""
+TRIALS = 2
 TARGET = "name: here\narchitecture: {architecture}\nint8: {{conv_kernels: symmetric}}\n"
 EXACT = ("*.safetensors", "*.onnx", "*.npy", "*.tar.gz")  # equal to the uninterrupted run's, byte for byte
 BEFORE, AFTER, TORN = "before", "after", "half written"
@@ -67,18 +82,50 @@ class Point:
         return f"{self.step}: {self.how} change {self.call} ({self.what})"
 
 
-def steps(folder: Path) -> dict[str, Callable[[Path], object]]:
-    """What is killed and repeated, in order; each starts from the files that the one before it left."""
-    target = str(folder / "here.yaml")
-    recipe = str(folder / "tiny.yaml")
-    return {
-        "apply": lambda run: pipeline.apply(recipe, target=target, output=run, resume=True),
-        "export": lambda run: pipeline.export(run, target=target, int8=True),
-        "report": lambda run: pipeline.report(run, target=target),
-        "bundle": lambda run: pipeline.bundle(run, target=target, output=None, preprocessing_inside=True),
-        "export again": lambda run: pipeline.export(run, target=target, int8=True, softmax=True),
-        "bundle again": lambda run: pipeline.bundle(run, target=target, output=None, preprocessing_inside=False),
-    }
+@dataclass(frozen=True)
+class Step:
+    """A command that is killed and repeated, and the step whose files it starts from; "" for none."""
+
+    start: str
+    work: Callable[[Path], object]
+
+
+def steps(folder: Path) -> dict[str, Step]:
+    """All steps, in an order in which each comes after the one that it starts from."""
+    target, recipe = str(folder / "here.yaml"), str(folder / "tiny.yaml")
+    order = SearchOrder(
+        source=str(folder / "searched.yaml"),
+        overrides=(),
+        target=load_target("arm64" if architecture() == "x86_64" else "x86"),  # not this machine: nothing is timed
+        max_accuracy_drop=0.9,
+        minimize="latency",
+        trials=TRIALS,
+        seconds=None,
+        storage=None,
+        cache=None,
+        warm_starts=(),
+        command="edgecompress search",
+    )
+    found: dict[str, Step] = {}
+
+    def then(name: str, work: Callable[[Path], object], start: str | None = None) -> None:
+        found[name] = Step(list(found)[-1] if start is None else start, work)
+
+    def profile(run: Path) -> object:
+        return pipeline.profile(run, target=target, seconds=0.1, thoroughness="quick")
+
+    then("apply", lambda run: pipeline.apply(recipe, target=target, output=run, resume=True), start="")
+    then("export", lambda run: pipeline.export(run, target=target, int8=True))
+    then("profile", profile)
+    then("profile again", profile)
+    then("sensitivity", lambda run: pipeline.sensitivity(run, target=target, images=16, timed=False))
+    then("debug-int8", lambda run: pipeline.debug_int8(run, target=target, images=16, worst=1))
+    then("report", lambda run: pipeline.report(run, target=target))
+    then("bundle", lambda run: pipeline.bundle(run, target=target, output=None, preprocessing_inside=True))
+    then("export again", lambda run: pipeline.export(run, target=target, int8=True, softmax=True))
+    then("bundle again", lambda run: pipeline.bundle(run, target=target, output=None, preprocessing_inside=False))
+    then("search", lambda run: pipeline.search(order, output=run, resume=True), start="")
+    return found
 
 
 def forked(work: Callable[[], object], log: Path) -> int:
@@ -129,6 +176,12 @@ def watch_changes(below: Path, act: Callable[[str, Callable[[], Any], Path | Non
             return real_open(file, mode, *arguments, **words)
         return act("open", lambda: real_open(file, mode, *arguments, **words), None)
 
+    real_commit = DefaultDialect.do_commit
+
+    def commit(self: Any, connection: Any) -> None:
+        act("commit", lambda: real_commit(self, connection), None)
+
+    DefaultDialect.do_commit = commit  # type: ignore[method-assign]
     os.fsync = fsync
     builtins.open = io.open = opened  # type: ignore[assignment]
 
@@ -148,9 +201,11 @@ def killed_at(point: Point, run: Path, work: Callable[[Path], object]) -> None:
             return call()
         if point.how == TORN and synced is not None:
             os.truncate(synced, synced.stat().st_size // 2)
-        if point.how == AFTER:
-            call()
-        return die()
+        try:
+            if point.how == AFTER:
+                call()
+        finally:  # a removal of what is not there raises
+            die()
 
     watch_changes(run, act)
     work(run)
@@ -178,12 +233,18 @@ def faults_of(run: Path) -> Iterator[str]:
             read_whole(path)
         except Exception as error:  # every format has errors of its own; each is a file that is not whole
             yield f"{path.relative_to(run)}: {type(error).__name__}: {str(error)[:200]}"
-    manifest = json.loads((run / "run.json").read_text()) if (run / "run.json").is_file() else {}
-    for name, digest in manifest.get("artifacts", {}).items():
-        if not (run / name).is_file():
-            yield f"run.json names {name}, which is not there"
-        elif sha256_of(run / name) != digest:
-            yield f"run.json gives another sha256 of {name}"
+    for one, artifacts in artifacts_of(run).items():
+        for name, digest in artifacts.items():
+            if not (run / one / name).is_file():
+                yield f"{one}/run.json names {name}, which is not there"
+            elif sha256_of(run / one / name) != digest:
+                yield f"{one}/run.json gives another sha256 of {name}"
+
+
+def artifacts_of(run: Path) -> dict[str, dict[str, str]]:
+    """What each run.json below a folder names: that of a run, or those of a search's trials."""
+    found = (path for path in sorted(run.rglob("run.json")) if "bundle" not in path.parts)
+    return {p.parent.relative_to(run).as_posix(): json.loads(p.read_text()).get("artifacts", {}) for p in found}
 
 
 def read_whole(path: Path) -> None:
@@ -193,6 +254,10 @@ def read_whole(path: Path) -> None:
     elif path.suffix == ".jsonl":
         for line in path.read_text().splitlines():
             json.loads(line)
+    elif path.suffix == ".sqlite3":
+        with closing(sqlite3.connect(path)) as database:
+            if database.execute("PRAGMA integrity_check").fetchall() != [("ok",)]:
+                raise ValueError("SQLite finds it damaged")
     elif path.suffix == ".onnx":
         onnx.checker.check_model(onnx.load(path))
     elif path.suffix == ".npy":
@@ -217,6 +282,20 @@ def exact_files(run: Path) -> dict[str, str]:
     return {p.relative_to(run).as_posix(): sha256_of(p) for p in sorted(whole)}
 
 
+def finished_trials(run: Path) -> dict[str, str]:
+    """sha256 of run.json of the trials that search.json calls complete: one that ran twice has another."""
+    document = json.loads((run / "search.json").read_text()) if (run / "search.json").is_file() else {"trials": []}
+    complete = [trial for trial in document["trials"] if trial["status"] == "complete"]
+    return {trial["run"]: sha256_of(run / trial["run"] / "run.json") for trial in complete}
+
+
+def trials_of(run: Path) -> list[Any]:
+    """What is promised of a search's trials whenever it was killed: which there are, how they ended, their settings."""
+    if not (run / "search.json").is_file():
+        return []
+    return [[t["id"], t["status"], t["settings"]] for t in json.loads((run / "search.json").read_text())["trials"]]
+
+
 def try_point(point: Point, folder: Path, work: Callable[[Path], object], start: Path, whole: Path) -> list[str]:
     """Kill one step, look, repeat it, look again; returns what was wrong."""
     run, log = folder / "run", folder / "log.txt"
@@ -227,6 +306,7 @@ def try_point(point: Point, folder: Path, work: Callable[[Path], object], start:
     if not os.WIFSIGNALED(status) or os.WTERMSIG(status) != signal.SIGKILL:
         return [f"was not killed: {log.read_text()[-500:]}"]
     faults = [f"after the kill: {text}" for text in faults_of(run)]
+    finished = finished_trials(run)
     if forked(lambda: work(run), log) != 0:
         return [*faults, f"cannot be repeated: {log.read_text()[-700:]}"]
     faults += [f"after repeating: {text}" for text in faults_of(run)]
@@ -235,8 +315,11 @@ def try_point(point: Point, folder: Path, work: Callable[[Path], object], start:
         now, then = ({k: v for k, v in files.items() if not k.endswith(".gz")} for files in (now, then))
     names = sorted({*now, *then})
     faults += [f"not as in the uninterrupted run: {name}" for name in names if now.get(name) != then.get(name)]
-    listed, expected = (set(json.loads((p / "run.json").read_text())["artifacts"]) for p in (run, whole))
-    faults += [f"artifacts differ by {name}" for name in sorted(listed ^ expected)]
+    listed, expected = ({(a, b) for a, names in artifacts_of(p).items() for b in names} for p in (run, whole))
+    faults += [f"artifacts differ by {'/'.join(name)}" for name in sorted(listed ^ expected)]
+    faults += [f"trial {name} was repeated" for name in sorted(finished.items() - finished_trials(run).items())]
+    if trials_of(run) != trials_of(whole):
+        faults.append(f"trials: {trials_of(run)} where {trials_of(whole)} were expected")
     return faults
 
 
@@ -259,36 +342,40 @@ def main() -> int:
 
 
 def run_points(folder: Path, count: int, seed: int) -> dict[str, Any]:
-    """Kill at `count` points, at least one of each step, chosen by seed; returns what was done and found."""
+    """Kill at `count` points, as many of each step as of any other, chosen by seed; returns what was done and found."""
     os.environ["XDG_STATE_HOME"] = str(folder / "state")
+    tempfile.tempdir = str(folder / "temporary")  # what a killed command leaves there goes with the folder
+    Path(tempfile.tempdir).mkdir()
     (folder / "tiny.yaml").write_text(RECIPE)
+    (folder / "searched.yaml").write_text(SEARCHED)
     (folder / "here.yaml").write_text(TARGET.format(architecture=architecture()))
     run, found, log = folder / "run", folder / "changes.json", folder / "log.txt"
     states = {"": folder / "states" / "none"}
     possible: dict[str, list[Point]] = {}
     works = steps(folder)
-    for step, work in works.items():
-        if forked(lambda work=work: counted(run, work, found), log) != 0:  # type: ignore[misc]
+    for step, how in works.items():
+        shutil.rmtree(run, ignore_errors=True)
+        if how.start:
+            shutil.copytree(states[how.start], run)
+        if forked(lambda work=how.work: counted(run, work, found), log) != 0:  # type: ignore[misc]
             raise RuntimeError(f"{step}: fails where nothing is killed:\n{log.read_text()}")
         states[step] = folder / "states" / hashlib.sha256(step.encode()).hexdigest()[:8]
         shutil.copytree(run, states[step])
         possible[step] = points_of(step, json.loads(found.read_text()))
     generator = random.Random(seed)
-    chosen = [generator.choice(points) for points in possible.values()]
-    rest = [point for points in possible.values() for point in points if point not in chosen]
-    chosen += generator.sample(rest, min(max(0, count - len(chosen)), len(rest)))
-    names = ["", *works]
+    shuffled = [generator.sample(points, len(points)) for points in possible.values()]
+    chosen = [point for turn in itertools.zip_longest(*shuffled) for point in turn if point is not None][:count]
     faults: dict[str, list[str]] = {}
-    for number, point in enumerate(chosen[:count], start=1):
-        start = states[names[names.index(point.step) - 1]]
-        wrong = try_point(point, folder, works[point.step], start, states[point.step])
+    for number, point in enumerate(chosen, start=1):
+        how = works[point.step]
+        wrong = try_point(point, folder, how.work, states[how.start], states[point.step])
         print(f"{number}/{len(chosen)} {point}: {'; '.join(wrong) or 'as it should be'}", file=sys.stderr, flush=True)
         if wrong:
             faults[str(point)] = wrong
     return {
         "possible": {step: len(points) for step, points in possible.items()},
-        "killed": Counter(point.step for point in chosen[:count]),
-        "points": [str(point) for point in chosen[:count]],
+        "killed": Counter(point.step for point in chosen),
+        "points": [str(point) for point in chosen],
         "faults": faults,
     }
 

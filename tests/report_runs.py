@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import itertools
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from PIL import Image
 
 from edgecompress.run_directory import RunDirectory, write_json
 
+EXPORTED = {"export/model.onnx": b"fp32", "export/model.int8.onnx": b"int8"}  # the report looks at their hashes alone
 HOSTILE = (
     "<img src=x onerror=alert(1)>",
     '"><script>alert(1)</script>',
@@ -137,7 +139,7 @@ MANIFEST: dict[str, Any] = {
         {"what": "placement", "value": {"float": []}, "why": "full int8 was fastest of 3: 0.079 ms"},
     ],
     "gates": GATES,
-    "artifacts": {"export/model.onnx": "ab" * 32, "export/model.int8.onnx": "cd" * 32},
+    "artifacts": {name: hashlib.sha256(content).hexdigest() for name, content in EXPORTED.items()},
 }
 MANIFEST["baseline"]["size_bytes"] = STAGES[0]["size_bytes"]
 PARITY: dict[str, Any] = {
@@ -232,10 +234,15 @@ def make_run(
     """A run directory with these files; None leaves a file out."""
     run = RunDirectory(path)
     write_json(run.manifest_path, MANIFEST | (manifest or {}))
+    for name, content in EXPORTED.items():
+        (path / name).parent.mkdir(exist_ok=True)
+        (path / name).write_bytes(content)
     if parity is not None:
         write_json(run.export / "parity.json", parity)
     if profile is not None:
         write_json(run.profile_path("x86"), profile)
+    if "artifacts" not in (manifest or {}):
+        run.update_manifest(lambda m: m.update(artifacts=run.artifacts()))
     return run
 
 

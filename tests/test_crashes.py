@@ -1,6 +1,7 @@
-"""SIGKILL at chosen writes of apply, export, report and bundle: nothing half-written, no lie, the same bytes again.
+"""SIGKILL at chosen writes of every command that changes a run, and of a search: nothing half-written, no lie, the same
+bytes again.
 
-EDGECOMPRESS_KILL_POINTS=100 kills at that many points instead of ten, EDGECOMPRESS_KILL_SEED chooses others.
+EDGECOMPRESS_KILL_POINTS=100 kills at that many points instead of eleven, EDGECOMPRESS_KILL_SEED chooses others.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from edgecompress.deploy.verify import verify
 from edgecompress.run_directory import RunDirectory, sha256_of, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
-COUNT = int(os.environ.get("EDGECOMPRESS_KILL_POINTS", "10"))
+COUNT = int(os.environ.get("EDGECOMPRESS_KILL_POINTS", "11"))
 
 
 @pytest.mark.slow
@@ -49,6 +50,7 @@ def test_hashes_are_absent_while_their_files_are_replaced(tmp_path: Path) -> Non
         write_json(run.export / "parity.json", {"new": 1})
         assert list(faults_of(run.path)) == []
         assert list(run.read_manifest()["artifacts"]) == ["stages/a/result.json"]
+    assert run.read_manifest()["artifacts"]["export/parity.json"] == sha256_of(run.export / "parity.json")
 
 
 def test_an_error_while_files_are_replaced_leaves_the_hashes_of_what_is_there(tmp_path: Path) -> None:
@@ -57,6 +59,17 @@ def test_an_error_while_files_are_replaced_leaves_the_hashes_of_what_is_there(tm
         write_json(run.export / "parity.json", json.dumps({"new": write_json(run.export / "other.json", 2)}, object()))
     found = run.read_manifest()["artifacts"]
     assert found == {f"export/{name}": sha256_of(run.export / name) for name in ("other.json", "parity.json")}
+
+
+def test_hashes_of_other_files_stay_so_that_what_was_changed_can_still_be_told(tmp_path: Path) -> None:
+    run = run_with(tmp_path, "export/parity.json", "stages/a/result.json", "stages/a/debug.json")
+    recorded = run.read_manifest()["artifacts"]
+    write_json(run.stage("a") / "result.json", {"changed": "by hand"})
+    run.write_document(run.stage("a") / "debug.json", {"new": 1})
+    now = run.read_manifest()["artifacts"]
+    assert now["stages/a/debug.json"] == sha256_of(run.stage("a") / "debug.json") != recorded["stages/a/debug.json"]
+    assert now["stages/a/result.json"] == recorded["stages/a/result.json"]
+    assert run.changed_files() == ["stages/a/result.json"]
 
 
 def test_what_a_crash_left_in_the_making_is_no_artifact(tmp_path: Path) -> None:

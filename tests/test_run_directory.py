@@ -21,6 +21,7 @@ from edgecompress.run_directory import (
     read_json,
     sha256_of,
     to_json,
+    versioned,
     write_json,
     write_text,
 )
@@ -74,7 +75,7 @@ def test_numbers_without_a_name_in_json_become_null(tmp_path: Path) -> None:
     expected = {"a": None, "b": [None, 1.5], "c": {"d": [None, 2]}, "3": True}
     assert json.loads(to_json(document)) == expected
     write_json(tmp_path / "a.json", document)
-    assert read_json(tmp_path / "a.json") == expected
+    assert read_json(tmp_path / "a.json") == versioned(expected)
     run = RunDirectory(tmp_path)
     run.append_metrics({"loss": float("nan")})
     run.append_metrics({"loss": np.float32(0.5)})
@@ -104,7 +105,7 @@ def test_arrays_and_their_scalars_become_numbers_and_paths_text() -> None:
 def test_paths_that_are_not_utf8_survive(tmp_path: Path) -> None:
     document = {"command": "edgecompress run caf\udce9.yaml", "word": "café"}
     write_json(tmp_path / "a.json", document)
-    assert read_json(tmp_path / "a.json") == document
+    assert read_json(tmp_path / "a.json") == versioned(document)
     assert "café" in (tmp_path / "a.json").read_text()
 
 
@@ -126,6 +127,17 @@ def test_damaged_json_is_named(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "a.json"
     path.write_bytes(content)
     with pytest.raises(RunError, match=r"a\.json: (cannot be read|expected a JSON object)"):
+        read_json(path)
+
+
+def test_documents_of_a_later_version_are_refused_and_those_from_before_versions_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "profile.json"
+    write_json(path, {"a": 1})
+    assert json.loads(path.read_text()) == {"schema_version": 1, "a": 1}
+    path.write_text('{"a": 1}')
+    assert read_json(path) == {"a": 1}
+    path.write_text('{"schema_version": 2, "a": 1}')
+    with pytest.raises(RunError, match=r"profile.json: schema_version 2, this edgecompress reads 1; use the version"):
         read_json(path)
 
 

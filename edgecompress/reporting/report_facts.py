@@ -7,6 +7,7 @@ logic of their own, so HTML, Markdown and JSON cannot differ in what they say.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from edgecompress.reporting.report_making import making_facts
 from edgecompress.reporting.report_time import time_facts
 from edgecompress.reporting.report_trust import trust_facts
 from edgecompress.reporting.summary import Json, entries, section
-from edgecompress.run_directory import RunDirectory, read_json
+from edgecompress.run_directory import SCHEMA_VERSION, RunDirectory, read_json
 
 _INT8_FILES = ("placement.json", "sensitivity.json", "debug.json")
 
@@ -37,12 +38,16 @@ def report_document(run: RunDirectory, target: str) -> dict[str, Any]:
     placement, sensitivity, debug = (_of_the_int8_stage(run, manifest, name) for name in _INT8_FILES)
     stages = summary.stage_rows(manifest)
     recipe = section(manifest, "recipe")
+    decision = decision_facts(run, manifest, parity, profile, target)
+    changed = run.changed_files()
     return {
+        "schema_version": SCHEMA_VERSION,
         "title": f"{manifest.get('recipe_name', 'run')} on {target}",
         "target": target,
         "run": str(run.path),
         "subject": _subject(manifest, recipe),
-        "decision": decision_facts(run, manifest, parity, profile, target),
+        "changed": changed,
+        "decision": decision | {"notes": [*_changed_text(changed), *decision["notes"]]},
         "missing": _missing(run, target, parity, profile),
         "gain": gain_facts(stages, profile or {}, budget_rows(profile or {}, stages), placement),
         "trust": trust_facts(
@@ -57,6 +62,17 @@ def report_document(run: RunDirectory, target: str) -> dict[str, Any]:
         "time": time_facts(profile or {}, parity or {}),
         "making": making_facts(run, manifest, recipe, target, metrics=_metrics(run)),
     }
+
+
+def _changed_text(changed: Sequence[str]) -> list[str]:
+    """The sentence that comes before all others where a file is not what the run left."""
+    if not changed:
+        return []
+    more = f" and {len(changed) - 5} more" if len(changed) > 5 else ""
+    return [
+        f"Changed or removed since the run made them: {', '.join(changed[:5])}{more}. What this report says may not be "
+        "true of them; restore them, or give the commands again that make them."
+    ]
 
 
 def _of_the_int8_stage(run: RunDirectory, manifest: Json, name: str) -> Json:

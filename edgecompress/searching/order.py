@@ -107,11 +107,16 @@ def earlier_search(directory: Path, key: str, *, resume: bool) -> Json | None:
                     "command, or choose another --output"
                 )
             return document
-        if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        if directory.exists() and (not directory.is_dir() or _holds_files(directory)):
             raise RunError(f"{directory}: exists and holds no search; choose another --output")
     except OSError as error:
         raise RunError(f"{directory}: cannot be read: {error.strerror}; choose another --output") from error
     return None
+
+
+def _holds_files(folder: Path) -> bool:
+    """Whether a folder holds more than what a search that was stopped hard at its first file leaves."""
+    return any(not path.name.startswith(f".{DOCUMENT}.") for path in folder.iterdir())
 
 
 def warm_points(order: SearchOrder, space: SearchSpace) -> list[Settings]:

@@ -14,8 +14,8 @@ from typing import Any
 
 from edgecompress import console
 from edgecompress.data.run_data import open_data
-from edgecompress.errors import ConfigurationError, DataError, RunError, StageError
-from edgecompress.run_directory import Json, write_json, write_text
+from edgecompress.errors import ConfigurationError, DataError, RunError, StageError, machine_fault
+from edgecompress.run_directory import Json, versioned, write_json, write_text
 from edgecompress.searching.front import EarlyRecord, hopeless
 from edgecompress.searching.latency_table import LatencyTable
 from edgecompress.searching.order import (
@@ -88,7 +88,8 @@ class _Search:
             return
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
-            write_json(self.path, {"key": self.key, "status": "running", "trials": [], "front": [], "pick": None})
+            begun: Json = {"key": self.key, "status": "running", "trials": [], "front": [], "pick": None}
+            write_json(self.path, begun)
         except OSError as error:
             raise RunError(f"{self.directory}: cannot be written: {error.strerror}; choose another --output") from error
 
@@ -178,6 +179,8 @@ class _Search:
         except (DataError, RunError):
             raise  # what all trials share: the search stops, and this trial goes on when it is mended
         except Exception as error:  # whatever one point runs into must not cost the others
+            if (fault := machine_fault(error)) is not None:
+                raise fault from error  # as above: a full disk is no fault of this trial
             text = str(error) or type(error).__name__
             name = "" if isinstance(error, StageError | ConfigurationError) else f"{type(error).__name__}: "
             facts = {"seconds": time.monotonic() - started} | trial.cost_facts()
@@ -248,20 +251,21 @@ class _Search:
             max_accuracy_drop=self.order.max_accuracy_drop,
             not_measured_because=self.terms.not_measured_because,
         )
-        document: Json = {
-            "schema_version": 1,
-            "key": self.key,
-            "status": "complete" if status == "running" and over and enough and records else status,
-            "study": self.study.name,
-            "storage": shown_url(self.order.storage) if self.order.storage is not None else FILE,
-            "recipe": self.order.source,
-            "command": self.order.command,
-            "target": self.order.target.name,
-            "minimize": self.order.minimize,
-            "max_accuracy_drop": self.order.max_accuracy_drop,
-            "space": [dimension.to_json() for dimension in self.space.dimensions],
-            "space_is_default": self.space.is_default,
-        }
+        document = versioned(
+            {
+                "key": self.key,
+                "status": "complete" if status == "running" and over and enough and records else status,
+                "study": self.study.name,
+                "storage": shown_url(self.order.storage) if self.order.storage is not None else FILE,
+                "recipe": self.order.source,
+                "command": self.order.command,
+                "target": self.order.target.name,
+                "minimize": self.order.minimize,
+                "max_accuracy_drop": self.order.max_accuracy_drop,
+                "space": [dimension.to_json() for dimension in self.space.dimensions],
+                "space_is_default": self.space.is_default,
+            }
+        )
         document |= found(records, terms)
         write_json(self.path, document)
         write_text(self.directory / "search.md", markdown(document))

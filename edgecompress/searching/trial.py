@@ -28,7 +28,7 @@ from edgecompress.measure.verdict import decide
 from edgecompress.models.checkpoint import Checkpoint, example_input, rebuild
 from edgecompress.models.model_building import copy_of
 from edgecompress.reporting.report_page import write_report
-from edgecompress.run_directory import Json, RunDirectory, read_json
+from edgecompress.run_directory import Json, RunDirectory, alone_in, read_json
 from edgecompress.searching.front import EarlyRecord
 from edgecompress.searching.latency_table import LatencyTable, layer_shapes
 from edgecompress.searching.space import SearchSpace
@@ -99,7 +99,13 @@ class Trial:
         """
         terms, started = self.terms, time.monotonic()
         recipe = terms.space.recipe_with(self.settings, max_accuracy_drop=terms.max_accuracy_drop)
-        run = terms.run_of(self.number)
+        with alone_in(terms.run_of(self.number).path):
+            facts = self._made(recipe, terms.run_of(self.number))
+        return {"status": "complete", **facts, "seconds": time.monotonic() - started}
+
+    def _made(self, recipe: Recipe, run: RunDirectory) -> Json:
+        """The run made complete; its facts."""
+        terms = self.terms
         if not run.manifest_path.is_file():
             run.write_manifest(
                 start_manifest(
@@ -121,8 +127,7 @@ class Trial:
             raise
         run.update_manifest(lambda m: m.update(status="complete", error=None, finished_at=_now()))
         write_report(run, terms.target.name)
-        run.update_manifest(lambda m: m.update(artifacts=run.artifacts()))
-        return {"status": "complete", **facts, "seconds": time.monotonic() - started}
+        return facts
 
     def _overrides(self) -> list[str]:
         """What `--set` takes to make the same run without a search."""
@@ -271,9 +276,9 @@ def measure_again(terms: Terms, trial: int, facts: Json) -> Json:
     run = terms.run_of(trial)
     console.note(f"trial {trial}: measuring again, at length")
     how: Json = {"seconds": THOROUGHNESS["standard"].seconds, "thoroughness": "standard", "depth": Depth()}
-    profile = profile_run(run, terms.target, folder=export_folder(run, terms.target), **how)
-    write_report(run, terms.target.name)
-    run.update_manifest(lambda m: m.update(artifacts=run.artifacts()))
+    with alone_in(run.path):
+        profile = profile_run(run, terms.target, folder=export_folder(run, terms.target), **how)
+        write_report(run, terms.target.name)
     int8 = profile["models"]["int8"]
     again = facts | {
         "latency_ms_p50": int8["latency_ms"]["p50"],

@@ -124,17 +124,18 @@ def apply_recipe(
         started = time.perf_counter()
         zeros = 0.0 if isinstance(stage, DistillStage) and stage.model else weight_sparsity(current.module)
         work = _StageWork(recipe, stage, run, current, data, splits, target, earlier, watch)
-        try:
-            facts = work.run() if cache is None else work.run_cached(cache)
-        except BaseException as error:
-            _update_entry(run, stage.id, {"status": "failed", "error": str(error) or type(error).__name__})
-            raise
-        if not isinstance(stage, QuantizeStage):
-            current = earlier[stage.id] = work.result
-        facts |= {"status": "complete", "seconds": time.perf_counter() - started, "error": None}
-        write_json(run.stage(stage.id) / "result.json", {"id": stage.id, "kind": stage.kind, **facts})
-        _update_entry(run, stage.id, facts)
-        stage_progress(run, stage.id).clear()
+        with run.replacing(run.stage(stage.id)):
+            try:
+                facts = work.run() if cache is None else work.run_cached(cache)
+            except BaseException as error:
+                _update_entry(run, stage.id, {"status": "failed", "error": str(error) or type(error).__name__})
+                raise
+            if not isinstance(stage, QuantizeStage):
+                current = earlier[stage.id] = work.result
+            facts |= {"status": "complete", "seconds": time.perf_counter() - started, "error": None}
+            write_json(run.stage(stage.id) / "result.json", {"id": stage.id, "kind": stage.kind, **facts})
+            _update_entry(run, stage.id, facts)
+            stage_progress(run, stage.id).clear()
         if workers.rank() == 0:
             kept = f"taken from {cache.folder}: " if cache is not None and "cache" in facts else ""
             accuracy = f"accuracy {facts['accuracy']:.2%} ({facts['accuracy_split']})"
@@ -209,8 +210,9 @@ def _describe_model(created: CreatedModel) -> Json:
 
 
 def _evaluate_initial(run: RunDirectory, checkpoint: Checkpoint, data: ImageData, splits: PreparedSplits) -> Json:
-    save_checkpoint(checkpoint, run.stage(INITIAL))
-    facts = _evaluate(run, INITIAL, checkpoint, data, splits)
+    with run.replacing(run.stage(INITIAL)):
+        save_checkpoint(checkpoint, run.stage(INITIAL))
+        facts = _evaluate(run, INITIAL, checkpoint, data, splits)
     console.note(f"given model: accuracy {facts['accuracy']:.2%} ({facts['accuracy_split']})")
     return {"id": INITIAL, **facts}
 
@@ -332,7 +334,7 @@ def _finish(manifest: Json, recipe: Recipe, run: RunDirectory, target: Target) -
             gates.append(accuracy_gate(value, baseline, recipe.gates.max_accuracy_drop, stage_id))
     record_gates(manifest, gates, step="apply")
     record_gates(manifest, _speed_gates(manifest, target), step="apply", target=target.name)
-    manifest["artifacts"] = run.artifacts()
+    manifest["artifacts"] = run.artifacts(manifest.get("artifacts"))
 
 
 def _speed_gates(manifest: Json, target: Target) -> list[Gate]:

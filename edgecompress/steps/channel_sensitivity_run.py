@@ -78,7 +78,8 @@ def channel_sensitivity_run(run: RunDirectory, target: Target, *, images: int, m
         "groups": [row.to_dict() for row in rows],
         "proposal": _proposal(measured, rows, macs_ratio),
     }
-    with atomic_path(run.stage(recipe.quantize_stage.id) / FIGURE) as temporary:
+    figure = run.stage(recipe.quantize_stage.id) / FIGURE
+    with run.replacing(figure), atomic_path(figure) as temporary:
         temporary.write_text(sensitivity_svg(document), encoding="utf-8")
     return document
 

@@ -15,7 +15,7 @@ from edgecompress.machine import has_vnni
 from edgecompress.measure.integer_graph import inspect_integer_graph
 from edgecompress.reporting.summary import entries, section
 from edgecompress.reporting.value_text import number, percent_text, printable
-from edgecompress.run_directory import Json, RunDirectory, write_json
+from edgecompress.run_directory import Json, RunDirectory, versioned
 from edgecompress.settings.target import Target
 from edgecompress.steps.export_run import export_folder
 from edgecompress.steps.sensitivity_run import remake, sensitivity_of
@@ -51,8 +51,8 @@ def debug_run(run: RunDirectory, target: Target, *, images: int, worst: int) -> 
         **findings.to_dict(),
         "exported": _exported(run, target),
     }
-    write_json(run.stage(remade.stage.id) / FILE, document)
-    run.update_manifest(lambda m: m.update(artifacts=run.artifacts()))
+    document = versioned(document)
+    run.write_document(run.stage(remade.stage.id) / FILE, document)
     return document
 
 

@@ -133,18 +133,17 @@ def export_run(
             parity["failures"] = [gate.sentence for gate in gates if not gate.passed]
             write_json(folder / "parity.json", parity)
 
-    def change(document: Json) -> None:
-        record_gates(document, gates, step="export", target=target.name)
-        document.setdefault("exports", {})[target.name] = {
-            "folder": folder.relative_to(run.path).as_posix(),
-            "input_form": work.form,
-            "int8": int8,
-            "ort_format": ort,
-            "outputs": _outputs(work),
-        }
-        document["artifacts"] = run.artifacts()
+            def change(document: Json) -> None:
+                record_gates(document, gates, step="export", target=target.name)
+                document.setdefault("exports", {})[target.name] = {
+                    "folder": folder.relative_to(run.path).as_posix(),
+                    "input_form": work.form,
+                    "int8": int8,
+                    "ort_format": ort,
+                    "outputs": _outputs(work),
+                }
 
-    run.update_manifest(change)
+            run.update_manifest(change)
     return parity
 
 

@@ -20,7 +20,7 @@ from edgecompress.measure.profiling import profile_models
 from edgecompress.measure.verdict import decide
 from edgecompress.models.checkpoint import rebuild
 from edgecompress.models.onnx_files import read_onnx
-from edgecompress.run_directory import Json, RunDirectory, write_json
+from edgecompress.run_directory import Json, RunDirectory, versioned
 from edgecompress.settings.gates import missed_gates
 from edgecompress.settings.target import Target
 from edgecompress.steps.export_run import BASELINE_FILE
@@ -73,14 +73,13 @@ def profile_run(
         accuracy_drop=_accuracy_drop(manifest, "int8" in present),
     )
     judged = [] if "int8" in present else ["No int8 file was exported for this target; what is judged is fp32."]
-    profile |= {
+    profile = versioned(profile) | {
         "verdict": verdict.verdict,
         "reasons": [*judged, *verdict.reasons],
         "missed": verdict.missed,
         "target_facts": target.model_dump(mode="json"),
     }
-    write_json(run.profile_path(target.name), profile)
-    run.update_manifest(lambda m: m.update(artifacts=run.artifacts()))
+    run.write_document(run.profile_path(target.name), profile)
     return profile
 
 

@@ -19,7 +19,7 @@ from edgecompress.errors import RunError
 from edgecompress.int8.mixed import MixedModel
 from edgecompress.int8.scheme import Scheme
 from edgecompress.int8.sensitivity import Sensitivity, measure_sensitivity
-from edgecompress.run_directory import Json, RunDirectory, write_json
+from edgecompress.run_directory import Json, RunDirectory
 from edgecompress.settings.recipe import QatStage, QuantizeStage
 from edgecompress.stages.train_stages import PreparedSplits
 from edgecompress.steps.placement_run import held_out, with_float_layers
@@ -56,8 +56,7 @@ def sensitivity_of(run: RunDirectory, remade: Remade) -> tuple[Json, Sensitivity
     """Measure every layer and write sensitivity.json."""
     found = measure_sensitivity(remade.mixed, remade.images)
     document = {**remade.facts, **found.to_dict(), "worst_first": [row.layer for row in found.worst_first()]}
-    write_json(run.stage(remade.stage.id) / FILE, document)
-    run.update_manifest(lambda m: m.update(artifacts=run.artifacts()))
+    run.write_document(run.stage(remade.stage.id) / FILE, document)
     return document, found
 
 
