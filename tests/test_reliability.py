@@ -14,11 +14,13 @@ from typing import Any
 import pytest
 
 from conftest import CommandLine
-from edgecompress.errors import MachineError, RunError, machine_faults
+from crash_points import exact_files, faults_of
+from edgecompress.errors import ExportError, MachineError, RunError, machine_fault, machine_faults
 from edgecompress.run_directory import LOCK_FILE, alone_in, write_text
 from edgecompress.settings.recipe import Recipe, load_recipe
 from edgecompress.steps.run_start import place_run, start_run
 
+ROOT = Path(__file__).resolve().parent.parent
 RECIPE = """
 data: {name: digits, max_train_samples: 64}
 model: {name: resnet8, arguments: {width: 8}, preprocessing: {input_size: 16}}
@@ -127,11 +129,21 @@ def test_runs_begun_in_the_same_second_have_folders_of_their_own(
         (MemoryError(), "not enough memory; end other programs"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), "can't allocate memory.*smaller batch"),
         (RuntimeError("I/O error: No space left on device (os error 28)"), "free some space"),
+        (RuntimeError("While executing %conv\ncould not create a primitive"), "not enough memory: could not create"),
     ],
 )
 def test_each_has_its_sentence(error: Exception, words: str) -> None:
     with pytest.raises(MachineError, match=words), machine_faults():
         raise error
+
+
+def test_a_step_that_made_an_error_of_its_own_of_it_hides_nothing() -> None:
+    error = ExportError("the model cannot be exported; its forward must not depend on tensor values")
+    error.__cause__ = RuntimeError("DefaultCPUAllocator: can't allocate memory")
+    with pytest.raises(MachineError, match=r"not enough memory.*can't allocate memory"), machine_faults():
+        raise error
+    error.__cause__ = FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), "model.onnx")  # which it is about
+    assert machine_fault(error) is None
 
 
 def test_other_errors_pass() -> None:
@@ -248,3 +260,34 @@ def test_the_same_recipe_and_decisions_give_the_same_bytes(command_line: Command
     assert {path.name for path in made} >= {"model.safetensors", "model.json", "model.onnx", "model.int8.onnx"}
     others = [tmp_path / "second" / path.relative_to(tmp_path / "first") for path in made]
     assert [str(a) for a, b in zip(made, others, strict=True) if a.read_bytes() != b.read_bytes()] == []
+
+
+@pytest.mark.slow
+def test_different_runs_at_once_are_as_each_would_be_alone(command_line: CommandLine, tmp_path: Path) -> None:
+    """Real processes in one folder, begun in the same second. EDGECOMPRESS_PARALLEL_RUNS=10 starts more of them."""
+    (tmp_path / "trained.yaml").write_text(TRAINED)
+    assert command_line("apply", "trained.yaml", "--output", "alone", "--no-gate").exit_code == 0
+    words = [sys.executable, "-m", "edgecompress", "apply", "trained.yaml", "--no-gate"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    logs = [tmp_path / f"log-{number}.txt" for number in range(int(os.environ.get("EDGECOMPRESS_PARALLEL_RUNS", "3")))]
+    started: list[subprocess.Popen[bytes]] = []
+    try:
+        for log in logs:
+            with log.open("wb") as stream:
+                started.append(
+                    subprocess.Popen(words, cwd=tmp_path, env=environment, stdout=stream, stderr=subprocess.STDOUT)
+                )
+        codes = [process.wait() for process in started]
+    finally:
+        for process in started:
+            process.kill()
+            process.wait()
+    assert codes == [0] * len(logs), "\n".join(log.read_text() for log in logs)
+    runs = sorted((tmp_path / "runs").iterdir())
+    assert len(runs) == len(logs)
+    alone = exact_files(tmp_path / "alone")
+    assert len(alone) > 3
+    for run in runs:
+        assert json.loads((run / "run.json").read_text())["status"] == "complete"
+        assert list(faults_of(run)) == []
+        assert exact_files(run) == alone
