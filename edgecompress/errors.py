@@ -110,6 +110,7 @@ _FOREIGN_WORDS = {
     **dict.fromkeys(("can't allocate memory", "Cannot allocate memory", "bad_alloc", "out of memory"), errno.ENOMEM),
     **dict.fromkeys(("could not create a primitive", "could not create a memory"), errno.ENOMEM),  # oneDNN
     **dict.fromkeys(("Failed to allocate memory", "can't start new thread"), errno.ENOMEM),
+    "error return without exception set": errno.ENOMEM,  # the interpreter, of a library that could not allocate
     **dict.fromkeys(("Too many open files", "os error 24"), errno.EMFILE),
 }
 # Whatever a step was at, these are no fault of its input: they are said even where it made an error of its own of them.

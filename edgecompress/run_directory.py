@@ -65,6 +65,10 @@ def atomic_path(path: Path) -> Iterator[Path]:
             os.fsync(stream.fileno())
         temporary.chmod(0o666 & ~_umask())  # mkstemp's files are the owner's alone until they are complete
         temporary.replace(path)
+    except OSError as error:
+        if error.filename is None:  # a write that fails does not say where
+            error.filename = str(path)
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -163,7 +163,7 @@ def try_full_disk(cases: Cases, recipe: Path, target: Path, states: tuple[Path, 
     largest = max(path.stat().st_size for path in (exported / "export").iterdir())
     for share in EXPORT_SHARES[1:2] if short else EXPORT_SHARES:
         first = applied if share > 1 else exported
-        case = f"export {'' if share > 1 else 'over an older one'}, {share:.1f} of its largest file is free"
+        case = f"{'first export' if share > 1 else 'export over an older one'}, {share:.1f} of its largest file is free"
         shutil.copytree(first, run)
         filler = fill(disk, free_bytes=share * largest)
         answer = cases.command("export", run, "--target", target, "--int8", "--no-gate")
