@@ -15,20 +15,23 @@ import typer
 from typer.core import TyperGroup
 
 from edgecompress.commands import making, measuring_commands, searching, shipping, starting, studying, trusting
-from edgecompress.commands.cli_output import print_json
+from edgecompress.commands.cli_output import fail, print_json
 from edgecompress.commands.cli_runs import runs_app
 from edgecompress.commands.cli_schemas import schema_app
 from edgecompress.commands.cli_settings import recipes_app, targets_app
 from edgecompress.commands.examples import example
-from edgecompress.errors import EXIT_OK
+from edgecompress.errors import EXIT_OK, EXIT_STAGE_FAILED, machine_fault
 
 
 class _Commands(TyperGroup):
     """The commands, with the contract of --json kept for misspelled options too: one document on stdout."""
 
+    _as_json = False
+
     def main(self, args: Sequence[str] | None = None, *positional: Any, **extra: Any) -> Any:
         given = sys.argv[1:] if args is None else list(args)
-        if "--json" not in given or not extra.get("standalone_mode", True):
+        self._as_json = "--json" in given
+        if not self._as_json or not extra.get("standalone_mode", True):
             return super().main(args, *positional, **extra)
         try:
             exit_code = super().main(args, *positional, **extra | {"standalone_mode": False})
@@ -43,6 +46,10 @@ class _Commands(TyperGroup):
         except typer.BadParameter as error:
             error.message = _plain(error.message)
             raise
+        except BrokenPipeError:  # typer's: whoever read our output has had enough
+            raise
+        except (OSError, MemoryError) as error:  # outside of what a command does: while its modules are imported
+            fail(str(machine_fault(error)), EXIT_STAGE_FAILED, self._as_json)
 
 
 def _plain(message: str) -> str:

@@ -1,4 +1,4 @@
-"""The lowest versions that pyproject.toml allows, as constraints for pip: `python tests/lowest_versions.py > lowest.txt`.
+"""The lowest versions that pyproject.toml allows, for `pip -c`: `python tests/lowest_versions.py > lowest.txt`.
 
 With them an environment of the lowest versions is made and tested:
 

@@ -84,12 +84,13 @@ def reporting_errors(as_json: bool) -> Iterator[None]:
         with machine_faults():
             yield
     except EdgeCompressError as error:
-        _fail(str(error), error.exit_code, as_json)
+        fail(str(error), error.exit_code, as_json)
     except (KeyboardInterrupt, typer.Abort):  # the second: Ctrl-C, or the end of the input, at a question
-        _fail("interrupted", 130, as_json)
+        fail("interrupted", 130, as_json)
 
 
-def _fail(message: str, exit_code: int, as_json: bool) -> NoReturn:
+def fail(message: str, exit_code: int, as_json: bool) -> NoReturn:
+    """End with one message, or with the document that says the same."""
     if as_json:
         print_json({"error": message, "exit_code": exit_code})
     else:

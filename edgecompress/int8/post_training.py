@@ -25,6 +25,7 @@ from edgecompress.int8.capture import capture
 from edgecompress.int8.compensation import compensate
 from edgecompress.int8.dead_channels import layer_behind
 from edgecompress.int8.finetuning import finetune
+from edgecompress.int8.graph_caches import forget_graphs
 from edgecompress.int8.quantized_model import QuantizedModel, simulate
 from edgecompress.int8.quantizer import OnnxRuntimeQuantizer, module_name
 from edgecompress.int8.scheme import Scheme
@@ -78,6 +79,7 @@ def quantize(
             "they may give on other images; give calibration more images, or name them in exclude"
         )
     graph = convert_pt2e(prepared)
+    forget_graphs()
     correction = "rounded to nearest"
     if stage.effort != "fast":
         graph, correction = _compensated(graph, reference, calibration)

@@ -24,6 +24,7 @@ from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 from edgecompress.errors import RunError
 from edgecompress.int8.calibration import CalibrationFacts
 from edgecompress.int8.capture import capture
+from edgecompress.int8.graph_caches import forget_graphs
 from edgecompress.int8.integer_simulation import simulate_integers
 from edgecompress.int8.operators import DEQUANTIZE, DEQUANTIZE_CHANNELS, QUANTIZE
 from edgecompress.int8.quantizer import OnnxRuntimeQuantizer
@@ -127,6 +128,7 @@ def load_quantized(folder: Path, module: nn.Module, description: dict[str, Any],
         with torch.no_grad():
             prepared(example)
         graph = convert_pt2e(prepared)
+        forget_graphs()
         tensors = load_file(folder / "model.safetensors")
         scales, zero_points = tensors.pop(_SCALES).tolist(), tensors.pop(_ZERO_POINTS).tolist()
         nodes = _activation_nodes(graph)
