@@ -115,8 +115,8 @@ def versioned(document: Json) -> Json:
 
 
 def write_json(path: Path, document: Any) -> None:
-    """Write a JSON file atomically, an object with the version of its schema."""
-    write_text(path, to_json(versioned(document) if isinstance(document, dict) else document))
+    """Write a JSON file atomically."""
+    write_text(path, to_json(document))
 
 
 def read_json(path: Path) -> Json:
@@ -261,9 +261,9 @@ class RunDirectory:
         self.update_manifest(record)
 
     def write_document(self, path: Path, document: Json) -> None:
-        """Write or replace a JSON file that run.json names with its hash."""
+        """Write or replace a JSON file that run.json names with its hash; it carries the version of its schema."""
         with self.replacing(path):
-            write_json(path, document)
+            write_json(path, versioned(document))
 
     def changed_files(self) -> list[str]:
         """Files that are not, or no longer, as run.json records them."""

@@ -132,8 +132,7 @@ def test_damaged_json_is_named(tmp_path: Path, content: bytes) -> None:
 
 def test_documents_of_a_later_version_are_refused_and_those_from_before_versions_are_read(tmp_path: Path) -> None:
     path = tmp_path / "profile.json"
-    write_json(path, {"a": 1})
-    assert json.loads(path.read_text()) == {"schema_version": 1, "a": 1}
+    assert versioned({"a": 1}) == {"schema_version": 1, "a": 1}
     path.write_text('{"a": 1}')
     assert read_json(path) == {"a": 1}
     path.write_text('{"schema_version": 2, "a": 1}')

@@ -28,7 +28,7 @@ from edgecompress.models.checkpoint import Checkpoint, example_input
 from edgecompress.models.complexity import observe_layers
 from edgecompress.models.model_building import Architecture, build, copy_of
 from edgecompress.pruning.prune import ChannelPruner
-from edgecompress.run_directory import Json, read_json, write_json
+from edgecompress.run_directory import Json, read_json, versioned, write_json
 from edgecompress.settings.prune_settings import PruneStage
 from edgecompress.settings.recipe import CalibrationSettings, QuantizeStage
 from edgecompress.settings.target import Target
@@ -106,7 +106,7 @@ class LatencyTable:
                     console.note(f"the layers of {architecture.name} without {ratio:.0%} of its channels: {error}")
                 advance()
         self.architectures.append(name)
-        write_json(self.path, self.to_json())
+        write_json(self.path, versioned(self.to_json()))
 
     def predict_ms(self, layers: Sequence[LayerShape]) -> float | None:
         """Milliseconds of a network's layers together; None where the table holds no layer of a kind."""

@@ -89,7 +89,7 @@ class _Search:
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
             begun: Json = {"key": self.key, "status": "running", "trials": [], "front": [], "pick": None}
-            write_json(self.path, begun)
+            write_json(self.path, versioned(begun))
         except OSError as error:
             raise RunError(f"{self.directory}: cannot be written: {error.strerror}; choose another --output") from error
 

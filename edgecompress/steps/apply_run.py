@@ -21,7 +21,7 @@ from edgecompress.models.checkpoint import Checkpoint, example_input, load_check
 from edgecompress.models.complexity import weight_sparsity
 from edgecompress.models.model_building import CreatedModel, copy_of, create_model
 from edgecompress.pruning.weight_masks import lost_zeros
-from edgecompress.run_directory import SCHEMA_VERSION, Json, RunDirectory, write_json
+from edgecompress.run_directory import SCHEMA_VERSION, Json, RunDirectory, versioned, write_json
 from edgecompress.settings.factorize_settings import FactorizeStage
 from edgecompress.settings.gates import Gate, accuracy_gate, record_gates, speed_gate
 from edgecompress.settings.prune_settings import PruneStage
@@ -133,7 +133,8 @@ def apply_recipe(
             if not isinstance(stage, QuantizeStage):
                 current = earlier[stage.id] = work.result
             facts |= {"status": "complete", "seconds": time.perf_counter() - started, "error": None}
-            write_json(run.stage(stage.id) / "result.json", {"id": stage.id, "kind": stage.kind, **facts})
+            result = versioned({"id": stage.id, "kind": stage.kind, **facts})
+            write_json(run.stage(stage.id) / "result.json", result)
             _update_entry(run, stage.id, facts)
             stage_progress(run, stage.id).clear()
         if workers.rank() == 0:

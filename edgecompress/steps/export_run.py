@@ -51,7 +51,7 @@ from edgecompress.machine import versions
 from edgecompress.measure.integer_graph import inspect_integer_graph
 from edgecompress.models.checkpoint import Checkpoint, example_input, load_checkpoint, rebuild
 from edgecompress.models.onnx_files import read_onnx
-from edgecompress.run_directory import Json, RunDirectory, write_json
+from edgecompress.run_directory import Json, RunDirectory, versioned, write_json
 from edgecompress.settings.gates import Gate, record_gates
 from edgecompress.settings.recipe import QatStage, QuantizeStage, Recipe
 from edgecompress.settings.target import Target
@@ -131,7 +131,7 @@ def export_run(
             save_samples(work.split, work.preprocessing, folder, work.form)
             gates = parity_gates(parity, target)
             parity["failures"] = [gate.sentence for gate in gates if not gate.passed]
-            write_json(folder / "parity.json", parity)
+            write_json(folder / "parity.json", versioned(parity))
 
             def change(document: Json) -> None:
                 record_gates(document, gates, step="export", target=target.name)

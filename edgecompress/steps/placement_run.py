@@ -42,7 +42,7 @@ from edgecompress.measure.operator_times import operator_times
 from edgecompress.measure.profiling import not_at_hand
 from edgecompress.models.checkpoint import Checkpoint, example_input, load_checkpoint
 from edgecompress.reporting.placement_text import placement_table
-from edgecompress.run_directory import Json, RunDirectory, read_json, write_json
+from edgecompress.run_directory import Json, RunDirectory, read_json, versioned, write_json
 from edgecompress.settings.recipe import QatStage, QuantizeStage, Recipe
 from edgecompress.settings.target import Target
 from edgecompress.stages.train_stages import PreparedSplits
@@ -243,7 +243,7 @@ class _Search:
 
     def _save(self) -> None:
         self.document["front"] = [trial["id"] for trial in front(self.document["trials"])]
-        write_json(self.path, self.document)
+        write_json(self.path, versioned(self.document))
 
     def _logits(self, float_layers: Sequence[str]) -> Tensor:
         setting = self.mixed.setting(float_layers)

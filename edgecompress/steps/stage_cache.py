@@ -19,7 +19,7 @@ from typing import Any
 
 from edgecompress import console
 from edgecompress.errors import RunError
-from edgecompress.run_directory import Json, RunDirectory, read_json, sha256_of, write_json
+from edgecompress.run_directory import Json, RunDirectory, read_json, sha256_of, versioned, write_json
 from edgecompress.steps.run_state import record_decision
 
 ENTRY = "entry.json"
@@ -105,7 +105,7 @@ class StageCache:
             document: dict[str, Any] = {"key": key, "stage": stage_id, "seconds": seconds, "facts": facts}
             document |= {"decisions": decisions, "files": files}
             document["metrics"] = [line for line in run.read_metrics() if line.get("stage") == stage_id]
-            write_json(scratch / ENTRY, document)
+            write_json(scratch / ENTRY, versioned(document))
             try:
                 scratch.rename(entry)
             except OSError as error:
