@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -63,7 +64,7 @@ class Cases:
                 result = CliRunner().invoke(cli.app, [str(word) for word in words], catch_exceptions=True)
                 resource.setrlimit(resource.RLIMIT_AS, resource.getrlimit(resource.RLIMIT_AS)[1:] * 2)
                 unexpected = result.exception is not None and not isinstance(result.exception, SystemExit)
-                error = repr(result.exception) if unexpected else None
+                error = "".join(traceback.format_exception(result.exception)) if unexpected else None
                 json.dump({"code": result.exit_code, "err": result.stderr, "exception": error}, stream)
 
         status = forked(work, log)
@@ -112,7 +113,7 @@ def fill(disk: Path, *, free_bytes: float) -> Path:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--short", action="store_true", help="one case of each kind")
+    parser.add_argument("--short", action="store_true", help="one case of a full and the cases of a read-only disk")
     short = parser.parse_args().short
     with tempfile.TemporaryDirectory() as scratch:
         cases = Cases(Path(scratch).resolve())
@@ -139,8 +140,9 @@ def try_all(cases: Cases, *, short: bool) -> None:
         cases.works("export again", cases.command("export", again, *export))
         try_full_disk(cases, recipe, target, (applied, exported, again), short=short)
         try_read_only(cases, recipe, target, exported)
-        try_few_files(cases, target, (exported, again), OPEN_FILES[:1] if short else OPEN_FILES)
-        try_little_memory(cases, recipe, target, (exported, again), MEMORY_BYTES[1:2] if short else MEMORY_BYTES)
+        if not short:  # what libraries do where they get nothing depends on the moment
+            try_few_files(cases, target, (exported, again), OPEN_FILES)
+            try_little_memory(cases, recipe, target, (exported, again), MEMORY_BYTES)
     finally:
         subprocess.run(["umount", "-l", str(disk)], check=True)
 

