@@ -269,11 +269,15 @@ def recipe(tmp_path: Path) -> Path:
         (None, "run: not a run directory"),
         ("{", "run.json: cannot be read"),
         ("[]", "run.json: expected a JSON object"),
-        ("{}", "run.json: schema_version None, this edgecompress reads 1"),
+        ("{}", "run.json: has no schema_version; it is damaged"),
+        (
+            '{"schema_version": 2}',
+            "run.json: schema_version 2, this edgecompress reads 1; use the version that wrote it",
+        ),
         ('{"schema_version": 1, "status": "running"}', "run.json: has no recipe, stages, targets; it is damaged"),
         ("[" * 100_000, "run.json: cannot be read"),
     ],
-    ids=["foreign folder", "half a file", "a list", "another version", "damaged", "deep"],
+    ids=["foreign folder", "half a file", "a list", "no version", "a later version", "damaged", "deep"],
 )
 def test_run_that_is_no_run_directory(
     command_line: CommandLine, tmp_path: Path, command: list[str], content: str | None, needle: str
