@@ -24,6 +24,7 @@ from edgecompress.errors import ExportError
 from edgecompress.exporting.node_names import name_nodes
 from edgecompress.exporting.onnx_rewrite import rewrite
 from edgecompress.exporting.preprocessing_graph import describe_signature, embed_preprocessing
+from edgecompress.models.graph_caches import forget_graphs
 from edgecompress.run_directory import atomic_path
 from edgecompress.settings.target import Target
 
@@ -111,6 +112,8 @@ def translate(module: nn.Module, example: Tensor, target: Target) -> torch.onnx.
             f"the model cannot be exported to ONNX: {lines[0]}; "
             "its forward must not depend on tensor values, and must take one image batch of any size"
         ) from error
+    del captured
+    forget_graphs()
     if program is None:
         raise ExportError("torch.onnx.export returned nothing")
     return program

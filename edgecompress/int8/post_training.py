@@ -25,10 +25,10 @@ from edgecompress.int8.capture import capture
 from edgecompress.int8.compensation import compensate
 from edgecompress.int8.dead_channels import layer_behind
 from edgecompress.int8.finetuning import finetune
-from edgecompress.int8.graph_caches import forget_graphs
 from edgecompress.int8.quantized_model import QuantizedModel, simulate
 from edgecompress.int8.quantizer import OnnxRuntimeQuantizer, module_name
 from edgecompress.int8.scheme import Scheme
+from edgecompress.models.graph_caches import forget_graphs
 from edgecompress.settings.recipe import QuantizeStage
 
 _COMPENSATION_IMAGES = 96  # enough that a classifier's Hessian is not singular

@@ -24,12 +24,12 @@ from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 from edgecompress.errors import RunError
 from edgecompress.int8.calibration import CalibrationFacts
 from edgecompress.int8.capture import capture
-from edgecompress.int8.graph_caches import forget_graphs
 from edgecompress.int8.integer_simulation import simulate_integers
 from edgecompress.int8.operators import DEQUANTIZE, DEQUANTIZE_CHANNELS, QUANTIZE
 from edgecompress.int8.quantizer import OnnxRuntimeQuantizer
 from edgecompress.int8.scheme import Scheme
 from edgecompress.models.finiteness import non_finite_tensor
+from edgecompress.models.graph_caches import forget_graphs
 from edgecompress.run_directory import atomic_path, write_text
 
 _SCALES = "activation_scales"
