@@ -46,6 +46,7 @@ from edgecompress.machine import architecture
 from edgecompress.run_directory import sha256_of
 from edgecompress.searching.order import SearchOrder
 from edgecompress.settings.target import load_target
+from tiny_run import TARGET
 
 RECIPE = """
 data: {name: digits, max_train_samples: 64}
@@ -64,7 +65,6 @@ stages:
   - {id: int8, kind: quantize, effort: fast, placement: full, calibration: {samples: 16}}
 """
 TRIALS = 2
-TARGET = "name: here\narchitecture: {architecture}\nint8: {{conv_kernels: symmetric}}\n"
 EXACT = ("*.safetensors", "*.onnx", "*.npy", "*.tar.gz")  # equal to the uninterrupted run's, byte for byte
 BEFORE, AFTER, TORN = "before", "after", "half written"
 

@@ -25,17 +25,11 @@ from typing import Any
 import torch
 from typer.testing import CliRunner
 
-from crash_points import TARGET, exact_files, faults_of, forked
+from crash_points import exact_files, faults_of, forked
 from edgecompress import cli, console
 from edgecompress.machine import architecture
+from tiny_run import RECIPE, TARGET
 
-RECIPE = """
-data: {name: digits, max_train_samples: 64}
-model: {name: resnet8, arguments: {width: 8}, preprocessing: {input_size: 16}}
-stages:
-  - {id: dense, kind: train, epochs: 1, warmup_epochs: 0}
-  - {id: int8, kind: quantize, effort: fast, placement: full, calibration: {samples: 16}}
-"""
 DISK_BYTES = 64 << 20
 APPLY_SHARES = (0.0, 0.4, 0.95)  # of what a whole run takes: so much is free
 EXPORT_SHARES = (0.0, 0.5, 1.2)  # of the largest exported file; an older export is there for all but the last
@@ -80,6 +74,13 @@ class Cases:
             self.faults.append(f"{case}: exit code {answer['code']}, {answer['exception']}: {answer['err'][-1500:]}")
         elif answer["err"].count("error: ") != 1 or "Traceback" in answer["err"] or words not in said:
             self.faults.append(f"{case}: said {answer['err'][-1500:]}")
+
+    def enough_or_refused(self, case: str, answer: dict[str, Any], words: str) -> None:
+        """The same where the limit may have left enough."""
+        if answer["code"] == 0:
+            self.tried[case] = "was enough"
+        else:
+            self.refused(case, answer, words)
 
     def works(self, case: str, answer: dict[str, Any]) -> None:
         if answer["code"] != 0:
@@ -208,10 +209,7 @@ def try_few_files(cases: Cases, target: Path, states: tuple[Path, Path], limits:
         words = ("export", run, "--target", target, "--int8", "--no-gate")
         answer = cases.command(*words, limit=lambda more=more: limit(more))  # type: ignore[misc]
         case = f"export with {more} more open files"
-        if answer["code"] == 0:
-            cases.tried[case] = "was enough"
-        else:
-            cases.refused(case, answer, "Too many open files")
+        cases.enough_or_refused(case, answer, "Too many open files")
         cases.whole(case, run, exact_files(again), exact_files(exported))
         shutil.rmtree(run)
 
@@ -235,10 +233,7 @@ def try_little_memory(
                 shutil.copytree(exported, run)
             answer = cases.command(*words, limit=lambda more=more: limit(more))  # type: ignore[misc]
             case = f"{command} with {more >> 20} MB of memory"
-            if answer["code"] == 0:
-                cases.tried[case] = "was enough"
-            else:
-                cases.refused(case, answer, "not enough memory")
+            cases.enough_or_refused(case, answer, "not enough memory")
             if run.is_dir():
                 cases.whole(case, run, exact_files(again), None if command == "apply" else exact_files(exported))
                 shutil.rmtree(run)

@@ -26,15 +26,8 @@ import psutil
 import edgecompress
 from edgecompress.machine import architecture
 from edgecompress.measure import explanation, measuring
+from tiny_run import RECIPE, TARGET
 
-RECIPE = """
-data: {name: digits, max_train_samples: 64}
-model: {name: resnet8, arguments: {width: 8}, preprocessing: {input_size: 16}}
-stages:
-  - {id: dense, kind: train, epochs: 1, warmup_epochs: 0}
-  - {id: int8, kind: quantize, effort: fast, placement: full, calibration: {samples: 16}}
-"""
-TARGET = "name: here\narchitecture: {architecture}\nint8: {{conv_kernels: symmetric}}\n"
 SETTLED = 10  # rounds after which nothing may grow
 MOST_GROWTH = 0.05
 
