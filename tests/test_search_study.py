@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import getpass
 import os
 import pwd
@@ -11,13 +12,17 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
+from optuna.storages._rdb.models import TrialModel
 
 import search_worker
 from edgecompress.errors import RunError
@@ -132,6 +137,32 @@ def test_four_workers_on_postgresql_with_one_killed(postgresql: str, tmp_path: P
 @pytest.mark.slow
 def test_four_workers_on_a_file_with_one_killed(tmp_path: Path) -> None:
     _four_workers_and_a_death(f"sqlite:///{tmp_path / 'search.sqlite3'}", tmp_path)
+
+
+def test_two_workers_never_take_the_same_waiting_point(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each reads that a point waits, and is held until the other has read it too, if the storage lets it read."""
+    read = TrialModel.find_or_raise_by_id
+    both_have_read = threading.Barrier(2)
+
+    def slow(*arguments: Any, **options: Any) -> TrialModel:
+        found = read(*arguments, **options)
+        if options.get("for_update"):
+            with contextlib.suppress(threading.BrokenBarrierError):
+                both_have_read.wait(0.5)
+        return found
+
+    studies = [_study(tmp_path) for _ in range(2)]
+    studies[0].offer([{"ratio": share / 10, "scope": "layer"} for share in (1, 5, 9)], "spread")
+    with ThreadPoolExecutor(2) as workers:
+        monkeypatch.setattr(TrialModel, "find_or_raise_by_id", slow)
+        asked = [workers.submit(study.ask, 3) for study in studies]
+        attempts = [one.result() for one in asked]
+    monkeypatch.undo()
+    assert len({attempt.handle.number for attempt in attempts if attempt is not None}) == 2
+    for study, attempt in zip(studies, attempts, strict=True):
+        assert attempt is not None
+        study.release(attempt)
+        study.close()
 
 
 @pytest.fixture

@@ -27,6 +27,7 @@ from typing import Any, Literal, TextIO
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import FrozenTrial, TrialState
+from sqlalchemy import Connection, Engine, event
 from sqlalchemy.exc import SQLAlchemyError
 
 from edgecompress.errors import RunError
@@ -105,6 +106,8 @@ class SharedStudy:
                 self._storage = optuna.storages.RDBStorage(
                     self.url.replace("postgresql://", "postgresql+psycopg://"), engine_kwargs=connection
                 )
+                if self.is_file:
+                    _serialize_transactions(self._storage.engine)
                 return optuna.create_study(
                     storage=self._storage, study_name=self.name, directions=_DIRECTIONS, load_if_exists=True
                 )
@@ -379,6 +382,26 @@ class SharedStudy:
         fcntl.flock(stream, fcntl.LOCK_EX)
         hidden.replace(self.locks / name)
         return stream
+
+
+def _serialize_transactions(engine: Engine) -> None:
+    """Let every transaction on an SQLite file hold its only write lock from the start.
+
+    Optuna reads that an attempt waits and then writes that it runs, with `SELECT ... FOR UPDATE` in between, which
+    SQLite does not have: of two workers that read before either wrote, both would have taken the attempt. Python's
+    driver begins a transaction with the first write only, so that the beginning is left to us (SQLAlchemy's
+    documentation of the SQLite dialect, "Enabling non-legacy SQLite transactional modes").
+    """
+
+    @event.listens_for(engine, "connect")
+    def leave_beginning_to_us(connection: Any, _record: Any) -> None:
+        connection.isolation_level = None
+
+    @event.listens_for(engine, "begin")
+    def begin(connection: Connection) -> None:
+        connection.exec_driver_sql("BEGIN IMMEDIATE")
+
+    engine.dispose()  # the connections from before
 
 
 def _is_free(path: Path) -> bool:
