@@ -7,11 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
+from onnx import numpy_helper
 
 from conftest import CommandLine
 from edgecompress.int8 import placement_trial
+from edgecompress.int8.conv_kernels import KernelChoice
 from edgecompress.int8.placement import Candidate, LayerCost
 from edgecompress.int8.placement_trial import HeldOut, judged
 from edgecompress.settings.gates import missed_gates, speed_gate
@@ -120,3 +123,60 @@ def test_int8_that_is_slower_ends_with_exit_code_three(
     target = decision["target"]
     assert len(missed_gates(manifest, target)) == 1
     assert missed_gates(manifest, target, without_speed_on=[target]) == []
+
+
+@pytest.mark.slow
+def test_placements_are_timed_with_the_kernels_that_the_device_will_use(
+    command_line: CommandLine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Full int8 is slower than fp32 by its own kernels and faster by matrix products: then nothing else is tried."""
+    products: list[int] = []
+
+    def clock(fp32: Path, int8: Path, target: Any) -> dict[str, Any]:
+        products.append(_matrix_products(int8))
+        speedup = 1.2 if products[-1] else 0.8
+        return {"speedup": speedup, "speedup_ci95": [speedup - 0.1, speedup + 0.1], "latency_ms": 2.0}
+
+    def choice(path: Path, target: Any) -> KernelChoice:
+        convs = [node.name for node in onnx.load(path).graph.node if node.op_type == "Conv"]
+        return KernelChoice(tuple(convs[:2]), len(convs), 1.5, (1.4, 1.6))
+
+    for module in (placement_run, placement_trial):
+        monkeypatch.setattr(module, "timed", clock)
+    monkeypatch.setattr(placement_run, "choose_conv_kernels", choice)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        "model: {name: student_cnn}\ndata: {name: digits}\nstages:\n"
+        "  - {id: dense, kind: train, epochs: 2, batch_size: 64}\n"
+        "  - {id: int8, kind: quantize, effort: fast, calibration: {samples: 32}}\n"
+        "gates: {max_accuracy_drop: 1.0, int8_min_top1_agreement: 0.0}\n"
+    )
+    made = command_line("apply", recipe, "--output", tmp_path / "run")
+    assert made.exit_code == 0, made.stderr
+    assert products == [0, 2]
+    placement = json.loads((tmp_path / "run/stages/int8/placement.json").read_text())
+    assert [trial["speedup"] for trial in placement["trials"]] == [1.2]
+    run = json.loads((tmp_path / "run/run.json").read_text())
+    (decision,) = [d["value"] for d in run["decisions"] if d["what"] == "placement"]
+    assert decision["matrix_product_convs"] == placement["matrix_product_convs"]
+    assert len(decision["matrix_product_convs"]) == 2
+
+    # With layers in float, the others keep their kernels, and so does the finished model.
+    def first_layer_in_float(costs: list[LayerCost], *, by_noise: bool) -> list[Candidate]:
+        return [Candidate((costs[0].layer,), 1.0, 0.0)]
+
+    products.clear()
+    monkeypatch.setattr(placement_run, "candidates", first_layer_in_float)
+    monkeypatch.setattr(placement_run, "_seems_slow", lambda trial: len(products) < 3)
+    made = command_line("apply", recipe, "--output", tmp_path / "mixed", "--set", "stages.int8.placement_trials=1")
+    assert made.exit_code == 0, made.stderr
+    assert products == [0, 2, 1, 2]
+
+
+def _matrix_products(path: Path) -> int:
+    """How many convolutions of an int8 file have weights with another zero point than 0."""
+    graph = onnx.load(path).graph
+    zeros = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer}
+    scaling = {node.output[0]: node for node in graph.node if node.op_type == "DequantizeLinear"}
+    convs = [scaling.get(node.input[1]) for node in graph.node if node.op_type == "Conv"]
+    return sum(bool(zeros[node.input[2]].any()) for node in convs if node is not None and len(node.input) > 2)

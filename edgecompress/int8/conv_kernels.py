@@ -22,7 +22,6 @@ import numpy as np
 import onnx
 from onnx import NodeProto, numpy_helper
 
-from edgecompress import console
 from edgecompress.errors import ExportError
 from edgecompress.exporting.onnx_export import open_session
 from edgecompress.exporting.onnx_rewrite import GraphIndex
@@ -113,15 +112,12 @@ def choose_conv_kernels(path: Path, target: Target) -> KernelChoice | None:
 
 
 def use_matrix_products(path: Path, names: Collection[str]) -> int:
-    """Let the named convolutions of an int8 file run as matrix products; returns how many of them the file has."""
+    """Let the named convolutions of an int8 file run as matrix products, those of them that the file has in integers;
+    returns how many they are."""
     if not names:
         return 0
     model = onnx.load(str(path))
     present = sorted(set(names) & set(_sites(model)))
-    if len(present) < len(names):
-        console.note(
-            f"{len(names) - len(present)} convolutions of the recorded choice of kernels are not in {path.name}"
-        )
     with atomic_path(path) as temporary:
         onnx.save(_shifted(model, present), str(temporary))
     return len(present)

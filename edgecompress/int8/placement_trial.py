@@ -7,7 +7,7 @@ placement.json and run.json keep. The model that leaves the quantize stage is ju
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from edgecompress.exporting.onnx_export import Provenance, export_onnx
+from edgecompress.int8.conv_kernels import use_matrix_products
 from edgecompress.int8.mixed import agreement, decibels, noise
 from edgecompress.int8.quantized_model import QuantizedModel
 from edgecompress.measure.measuring import measure_latency
@@ -101,8 +102,11 @@ def write_for_timing(module: nn.Module, source: Checkpoint, path: Path, target: 
     return path
 
 
-def measured_again(model: QuantizedModel, source: Checkpoint, held_out: HeldOut, target: Target) -> Json:
-    """The finished int8 model on the same images and the same clock as the search's trials.
+def measured_again(
+    model: QuantizedModel, source: Checkpoint, held_out: HeldOut, target: Target, matrix_products: Collection[str]
+) -> Json:
+    """The finished int8 model on the same images and the same clock as the search's trials, and with the same kernels:
+    `matrix_products` names the convolutions that run as such (`edgecompress.int8.conv_kernels`).
 
     A trial's own numbers flatter it: the best of several was chosen by them, and it was quantized in haste. Raises
     ExportError or ProfileError.
@@ -111,5 +115,6 @@ def measured_again(model: QuantizedModel, source: Checkpoint, held_out: HeldOut,
     facts = judged(reference, run_in_batches(model.simulation(), held_out.images), held_out)
     with tempfile.TemporaryDirectory(prefix="edgecompress-") as scratch:
         int8 = write_for_timing(model.graph, source, Path(scratch) / "int8.onnx", target)
+        use_matrix_products(int8, matrix_products)
         fp32 = write_for_timing(source.module, source, Path(scratch) / "fp32.onnx", target)
         return facts | {"size_bytes": int8.stat().st_size} | timed(fp32, int8, target)

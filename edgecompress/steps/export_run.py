@@ -276,7 +276,13 @@ def _choose_kernels(work: _Work, path: Path) -> int:
     what = f"conv_kernels:{work.target.name}"
     recorded = decision_of(work.run.read_manifest(), what)
     if recorded is not None:
-        return use_matrix_products(path, recorded["value"]["nodes"])
+        wanted = recorded["value"]["nodes"]
+        present = use_matrix_products(path, wanted)
+        if present < len(wanted):
+            console.note(
+                f"{len(wanted) - present} convolutions of the recorded choice of kernels are not in {path.name}"
+            )
+        return present
     chosen = choose_conv_kernels(path, work.target)
     if chosen is None:
         return 0

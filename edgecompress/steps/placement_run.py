@@ -21,6 +21,7 @@ from torch import Tensor
 from edgecompress import console
 from edgecompress.data.run_data import ImageData, calibration_indices
 from edgecompress.errors import ProfileError
+from edgecompress.int8.conv_kernels import choose_conv_kernels, use_matrix_products
 from edgecompress.int8.layer_costs import costs_by_macs, costs_by_size, costs_by_time
 from edgecompress.int8.mixed import MixedModel, exact_globs
 from edgecompress.int8.placement import (
@@ -146,7 +147,7 @@ def confirmed(
     if is_measured:
         final = {key: placed.facts.get(key) for key in _FACTS}
     else:
-        final = measured_again(model, source, images, target)
+        final = measured_again(model, source, images, target, placed.facts.get("matrix_product_convs", ()))
         final["accurate_enough"] = limits.judge(final)
         console.note(f"int8 as it leaves the stage, measured again: {_trial_words(final)}")
     path = folder / FILE
@@ -185,7 +186,9 @@ class _Search:
         full = self._trial(Candidate((), 0.0, 0.0), "full")
         accurate = self.limits.met_by(full)
         is_open = self.limits.judge(full) == "inconclusive"
-        seems_slow = full["speedup"] is not None and full["speedup"] < 1
+        if not accurate or _seems_slow(full):
+            full = self._with_fastest_kernels(full)
+        seems_slow = _seems_slow(full)
         if accurate and not seems_slow:
             return self._finish(full, self._words_for_full(full))
         reasons = []
@@ -274,6 +277,21 @@ class _Search:
         self._save()
         return trial
 
+    def _with_fastest_kernels(self, full: Json) -> Json:
+        """Full int8 timed again with the kernels that export would choose, which all placements then run with.
+
+        They only ever make int8 faster, so where it is fast enough without, they need no measuring here.
+        """
+        if "matrix_product_convs" not in self.document:
+            chosen = choose_conv_kernels(self._export((), "full"), self.target)
+            names = [] if chosen is None else list(chosen.nodes)
+            self.document["matrix_product_convs"] = names
+            if names:
+                full |= timed(self._fp32(), self._export((), "full"), self.target)
+                self.document["trials"][0] = full
+            self._save()
+        return full
+
     def _export(self, float_layers: tuple[str, ...], name: str) -> Path:
         """The int8 file of a placement. Full int8 is at hand; others are calibrated on a few images, to be timed."""
         graph = self.model.graph
@@ -288,7 +306,9 @@ class _Search:
                 batches=1,
                 example=example_input(self.source.architecture),
             ).graph
-        return self._write(graph, f"{name}.onnx")
+        path = self._write(graph, f"{name}.onnx")
+        use_matrix_products(path, self.document.get("matrix_product_convs", ()))
+        return path
 
     def _fp32(self) -> Path:
         path = self.scratch / "fp32.onnx"
@@ -373,9 +393,14 @@ class _Search:
         facts = {key: chosen.get(key) for key in _FACTS} | {
             "trials": len(self.document["trials"]),
             "target": self.target.name,
+            "matrix_product_convs": self.document.get("matrix_product_convs", []),
         }
         facts["full_was_accurate"] = self.limits.met_by(self.document["trials"][0])
         return Placed(tuple(chosen["float_layers"]), why, facts)
+
+
+def _seems_slow(trial: Json) -> bool:
+    return trial["speedup"] is not None and trial["speedup"] < 1
 
 
 def _trial_words(trial: Json) -> str:
