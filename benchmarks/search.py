@@ -227,9 +227,11 @@ def main() -> None:
                 "points": list(cls.finished.values()),
                 "seconds": time.monotonic() - started,
                 "at": datetime.now(UTC).isoformat(timespec="seconds"),
+                "machine": summarize_machine(describe_machine()),
+                "versions": versions(),
             }
             document["rows"].append(row | {"hypervolume": area_of(row)})
-            document |= {"machine": describe_machine(), "versions": versions(), "recipe": recipe.read_text()}
+            document["recipe"] = recipe.read_text()
             write_json(arguments.results, document)
             print_table(document)
 
@@ -264,7 +266,8 @@ def print_table(document: dict[str, Any]) -> None:
         )
     console = Console(width=120)
     console.print(table)
-    console.print(summarize_machine(document["machine"]))
+    for machine in sorted({row["machine"] for row in document["rows"]}):
+        console.print(machine)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,8 @@ from optuna.storages._rdb.models import TrialModel
 
 import search_worker
 from edgecompress.errors import RunError
-from edgecompress.searching.study import SharedStudy, shown_url
+from edgecompress.searching.study import SharedStudy
+from edgecompress.searching.study_storage import shown_url
 from edgecompress.settings.search_space import Dimension
 
 TRIALS = 12
@@ -189,8 +190,8 @@ def test_a_result_told_just_before_death_is_not_lost(study: SharedStudy) -> None
 def test_a_trial_that_was_only_begun_goes_on_when_no_other_worker_lives(study: SharedStudy) -> None:
     attempt = study.ask(1)
     assert attempt is not None
-    (study.locks / str(attempt.handle.number)).unlink()
-    with study._lock("worker-elsewhere"):
+    (study.signs.folder / str(attempt.handle.number)).unlink()
+    with study.signs.hold("worker-elsewhere"):
         assert study.ask(1) is None
     taken = study.ask(1)
     assert taken is not None
@@ -228,10 +229,10 @@ def test_a_worker_without_a_lock_is_taken_for_dead_only_while_one_looks(
 ) -> None:
     attempt = study.ask(1)
     assert attempt is not None
-    (study.locks / str(attempt.handle.number)).unlink()  # as where workers share no folder
+    (study.signs.folder / str(attempt.handle.number)).unlink()  # as where workers share no folder
     clock = [1000.0]
-    monkeypatch.setattr("edgecompress.searching.study.time.monotonic", lambda: clock[0])
-    other = study._lock("worker-elsewhere")
+    monkeypatch.setattr("edgecompress.searching.worker_signs.time.monotonic", lambda: clock[0])
+    other = study.signs.hold("worker-elsewhere")
     assert study.ask(1) is None
     clock[0] += 6000  # this worker trained, or the whole machine stood still
     assert study.ask(1) is None

@@ -30,7 +30,8 @@ from edgecompress.searching.order import (
 from edgecompress.searching.result import SearchTerms, found
 from edgecompress.searching.result_text import markdown
 from edgecompress.searching.space import load_space
-from edgecompress.searching.study import FILE, Attempt, SharedStudy, TrialRecord, shown_url
+from edgecompress.searching.study import Attempt, SharedStudy, TrialRecord
+from edgecompress.searching.study_storage import FILE, shown_url
 from edgecompress.searching.trial import Terms, Trial, TrialStopped, measure_again
 from edgecompress.steps.stage_cache import StageCache
 

@@ -10,16 +10,12 @@ carries a claim, and of two attempts with the same claim the one that was number
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
 import socket
 import threading
-import time
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TextIO
@@ -27,22 +23,14 @@ from typing import Any, Literal, TextIO
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import FrozenTrial, TrialState
-from sqlalchemy import Connection, Engine, event
-from sqlalchemy.exc import SQLAlchemyError
 
-from edgecompress.errors import RunError
 from edgecompress.run_directory import Json
 from edgecompress.searching.sampler import FrontSampler
+from edgecompress.searching.study_storage import StudyStorage
+from edgecompress.searching.worker_signs import BEAT_SECONDS, WorkerSigns
 from edgecompress.settings.search_space import Dimension, label
 
-FILE = "search.sqlite3"
 CONSTRAINT = "max_accuracy_drop"
-_BEAT_SECONDS = 10.0
-_SILENT_SECONDS = 60.0  # a worker elsewhere that has not written for so long is taken for dead
-_UNSEEN_SECONDS = 600.0  # one that neither holds a lock nor ever wrote may only just have begun, on a slow machine
-_DIRECTIONS: Sequence[Literal["maximize", "minimize"]] = ("maximize", "minimize")  # accuracy, cost
-_OPENINGS = 8
-_MADE_BY_ANOTHER = ("already exists", "duplicate key", "UNIQUE constraint")
 _STARTUP_TRIALS = 6  # finished trials before the sampler models them
 _TOKENS = 4  # significant digits of a number that is tried
 # What an attempt carries: the trial it belongs to, its claim, its result, why it failed or does not count, its beat.
@@ -82,58 +70,19 @@ class SharedStudy:
     """A study, by this worker. Every method that reaches the storage raises RunError where it does not answer."""
 
     def __init__(self, url: str, name: str, *, dimensions: Sequence[Dimension], seed: int, locks: Path) -> None:
-        self.dimensions, self.seed, self.locks = dimensions, seed, locks
-        self.url, self.name = url, name
-        self.is_file = url.startswith("sqlite:")
-        self._beats: dict[int, tuple[Any, float, float]] = {}  # the beat, since when, and when it was looked at
-        optuna.logging.set_verbosity(optuna.logging.ERROR)
-        self._own_lock = locks / f"worker-{os.getpid()}-{time.monotonic_ns()}"
-        self._alive = self._lock(self._own_lock.name)
+        self.dimensions, self.seed, self.name = dimensions, seed, name
+        self.signs = WorkerSigns(locks)
         try:
-            with self._reaching():
-                self._study = self._opened()
+            self._storage = StudyStorage(url, name)
         except BaseException:
-            self._own_lock.unlink(missing_ok=True)
-            self._alive.close()
+            self.signs.close()
             raise
-
-    def _opened(self) -> optuna.Study:
-        """The study, made by whichever worker is first. In a new database several make the tables at once, and all but
-        one find them there in the middle of it: they look again."""
-        connection = {"connect_args": {"timeout": 120}} if self.is_file else {"pool_pre_ping": True}
-        for attempt in range(_OPENINGS):
-            try:
-                self._storage = optuna.storages.RDBStorage(
-                    self.url.replace("postgresql://", "postgresql+psycopg://"), engine_kwargs=connection
-                )
-                if self.is_file:
-                    _serialize_transactions(self._storage.engine)
-                return optuna.create_study(
-                    storage=self._storage, study_name=self.name, directions=_DIRECTIONS, load_if_exists=True
-                )
-            except (SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
-                text = f"{error} {error.__cause__}"
-                if attempt == _OPENINGS - 1 or not any(words in text for words in _MADE_BY_ANOTHER):
-                    raise
-                time.sleep(0.5 * (attempt + 1))
-        raise AssertionError("unreachable")
-
-    @contextmanager
-    def _reaching(self) -> Iterator[None]:
-        try:
-            with warnings.catch_warnings():
-                # Optuna warns that some of its interface may change: about our code, not about the user's search.
-                warnings.simplefilter("ignore", category=optuna.exceptions.ExperimentalWarning)
-                yield
-        except (SQLAlchemyError, optuna.exceptions.StorageInternalError, ImportError) as error:
-            raise RunError(f"--storage {shown_url(self.url)}: {_storage_fault(error)}") from error
+        self._study, self._reaching = self._storage.study, self._storage.reaching
 
     def close(self) -> None:
         """Let go of the storage."""
-        self._own_lock.unlink(missing_ok=True)
-        self._alive.close()
-        self._storage.remove_session()
-        self._storage.engine.dispose()
+        self.signs.close()
+        self._storage.close()
 
     # ---- beginning
 
@@ -164,7 +113,7 @@ class SharedStudy:
         """Ask for one; None where another worker turned out to be first."""
         self._study.sampler = self._sampler()
         handle = self._study.ask()
-        lock = self._lock(str(handle.number))
+        lock = self.signs.hold(str(handle.number))
         attempts = self._attempts()
         own = next(a for a in attempts if a.number == handle.number)
         claim, trial = own.user_attrs.get(_CLAIM), _trial_of(own)
@@ -184,7 +133,7 @@ class SharedStudy:
             return None
         settings = {d.path: self._suggest(handle, d) for d in self.dimensions}
         attempt = Attempt(trial, settings, handle, is_resumed=trial != handle.number, lock=lock)
-        if not self.is_file:  # whoever uses the file shares the folder, and with it the locks
+        if not self._storage.is_file:  # whoever uses the file shares the folder, and with it the locks
             threading.Thread(target=self._beat, args=(attempt,), daemon=True).start()
         return attempt
 
@@ -349,69 +298,15 @@ class SharedStudy:
                 self._study.enqueue_trial(dict(attempt.params), user_attrs=attributes)
 
     def _is_abandoned(self, attempt: FrozenTrial) -> bool:
-        path = self.locks / str(attempt.number)
-        if path.is_file():
-            return _is_free(path)
-        # Between two instructions of its worker: before it is locked. In a file, that worker is here or nowhere.
-        if self.is_file and all(_is_free(other) for other in self.locks.glob("worker-*") if other != self._own_lock):
-            return True
-        return self._is_silent(attempt)
-
-    def _is_silent(self, attempt: FrozenTrial) -> bool:
-        """Whether a worker wrote no beat in a minute in which this one kept looking: whoever was away itself, because
-        it trained or the machine stood still, has seen nothing."""
-        beat, now = attempt.user_attrs.get(_BEAT), time.monotonic()
-        known, since, looked = self._beats.get(attempt.number, (beat, now, now))
-        if known != beat or now - looked > _SILENT_SECONDS / 4:
-            since = now
-        self._beats[attempt.number] = (beat, since, now)
-        return bool(now - since > (_UNSEEN_SECONDS if beat is None else _SILENT_SECONDS))
+        beat = attempt.user_attrs.get(_BEAT)
+        return self.signs.is_dead(attempt.number, beat, all_are_here=self._storage.is_file)
 
     def _beat(self, attempt: Attempt) -> None:
         count = 0
-        while not attempt.stop_beating.wait(_BEAT_SECONDS):
+        while not attempt.stop_beating.wait(BEAT_SECONDS):
             count += 1
             with contextlib.suppress(Exception):  # a storage that is away for a while must not end the training
                 attempt.handle.set_user_attr(_BEAT, count)
-
-    def _lock(self, name: str) -> TextIO:
-        """A lock that nobody can find before it is held, and that the system releases with this process."""
-        self.locks.mkdir(parents=True, exist_ok=True)
-        hidden = self.locks / f".{name}-{os.getpid()}"
-        stream = hidden.open("w")
-        fcntl.flock(stream, fcntl.LOCK_EX)
-        hidden.replace(self.locks / name)
-        return stream
-
-
-def _serialize_transactions(engine: Engine) -> None:
-    """Let every transaction on an SQLite file hold its only write lock from the start.
-
-    Optuna reads that an attempt waits and then writes that it runs, with `SELECT ... FOR UPDATE` in between, which
-    SQLite does not have: of two workers that read before either wrote, both would have taken the attempt. Python's
-    driver begins a transaction with the first write only, so that the beginning is left to us (SQLAlchemy's
-    documentation of the SQLite dialect, "Enabling non-legacy SQLite transactional modes").
-    """
-
-    @event.listens_for(engine, "connect")
-    def leave_beginning_to_us(connection: Any, _record: Any) -> None:
-        connection.isolation_level = None
-
-    @event.listens_for(engine, "begin")
-    def begin(connection: Connection) -> None:
-        connection.exec_driver_sql("BEGIN IMMEDIATE")
-
-    engine.dispose()  # the connections from before
-
-
-def _is_free(path: Path) -> bool:
-    """Whether no living process holds a lock."""
-    try:
-        with path.open("a") as stream:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
 
 
 def distribution_of(dimension: Dimension) -> BaseDistribution:
@@ -423,13 +318,6 @@ def distribution_of(dimension: Dimension) -> BaseDistribution:
     if dimension.is_whole:
         return IntDistribution(int(dimension.low), int(dimension.high), dimension.log, int(dimension.step or 1))
     return FloatDistribution(dimension.low, dimension.high, dimension.log, dimension.step)
-
-
-def shown_url(url: str) -> str:
-    """A storage's URL without the password in it."""
-    scheme, separator, rest = url.partition("://")
-    login, at, place = rest.rpartition("@")
-    return f"{scheme}{separator}{login.partition(':')[0]}:***{at}{place}" if at and ":" in login else url
 
 
 def _value_of(dimension: Dimension, stored: Any) -> Any:
@@ -453,10 +341,3 @@ def _mixed(*parts: object) -> int:
 def _close(stream: TextIO | None) -> None:
     if stream is not None:
         stream.close()
-
-
-def _storage_fault(error: Exception) -> str:
-    if isinstance(error, ImportError):
-        return f"its driver is missing ({error}); install it: pip install 'edgecompress[postgresql]'"
-    first = str(getattr(error, "orig", None) or error.__cause__ or error).strip().splitlines()
-    return f"does not answer: {first[0] if first else type(error).__name__}; check the address, then repeat the command"
