@@ -6,10 +6,11 @@ the result alone: tables for people, or one JSON document with `--json`.
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from typer.core import TyperGroup
@@ -99,4 +100,18 @@ def main() -> None:
     # torch's threads spin while they wait for each other. On two cores with anything else running that made training
     # ten times slower; so they spin shortly, then sleep. The user's own setting wins.
     os.environ.setdefault("GOMP_SPINCOUNT", "5000")
-    app()
+    try:
+        app()
+    except BrokenPipeError:
+        raise
+    except (OSError, MemoryError) as error:  # no file or memory is left even for what prints messages
+        _fail_with_nothing(str(machine_fault(error)))
+
+
+def _fail_with_nothing(message: str) -> NoReturn:
+    """End as `fail` does, with nothing that still has to be loaded."""
+    if "--json" in sys.argv:
+        sys.stdout.write(json.dumps({"error": message, "exit_code": EXIT_STAGE_FAILED}, indent=2) + "\n")
+    else:
+        sys.stderr.write(f"error: {message}\n")
+    sys.exit(EXIT_STAGE_FAILED)

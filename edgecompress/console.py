@@ -6,6 +6,7 @@ terminal, a bar becomes a line now and then and one at its end; with `quiet` onl
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -90,10 +91,15 @@ def error(text: str) -> None:
 
 
 def _print(text: str, *, mark: str = "", style: str = "") -> None:
-    from rich.text import Text
+    try:
+        from rich.text import Text
 
-    # As Text and not as markup: messages hold paths and keys, and `nets.py:fire:` is no emoji.
-    stderr().print(Text.assemble((mark, style), text), soft_wrap=True)
+        # As Text and not as markup: messages hold paths and keys, and `nets.py:fire:` is no emoji.
+        stderr().print(Text.assemble((mark, style), text), soft_wrap=True)
+    except BrokenPipeError:
+        raise
+    except (OSError, MemoryError):  # no file or memory is left to load what prints in colour
+        sys.stderr.write(f"{mark}{text}\n")
 
 
 Advance = Callable[..., None]

@@ -179,6 +179,36 @@ def test_a_failing_disk_ends_with_1_and_leaves_what_was_there(
     assert [path.name for path in tmp_path.rglob(".*")] == []
 
 
+STARVED = """
+import os, resource, sys
+from edgecompress import cli
+lowest_free = os.open(os.devnull, os.O_RDONLY)
+os.close(lowest_free)
+most = lowest_free + int(sys.argv.pop(1))
+resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+cli.main()
+"""
+
+
+@pytest.mark.parametrize("more", [0, 1])
+@pytest.mark.parametrize("as_json", [False, True])
+def test_a_process_that_can_open_no_file_still_says_so(more: int, as_json: bool, tmp_path: Path) -> None:
+    """Not even the libraries that print messages can be loaded then."""
+    words = [str(more), "export", str(tmp_path / "nothing"), *(["--json"] if as_json else [])]
+    done = subprocess.run([sys.executable, "-c", STARVED, *words], capture_output=True, text=True, timeout=120)
+    assert "Traceback" not in done.stderr
+    wanted = "Too many open files; raise the limit" if more == 0 else "not a run directory"
+    if as_json:
+        document = json.loads(done.stdout)
+        assert document["exit_code"] == done.returncode
+        assert wanted in document["error"]
+    else:
+        assert done.stderr.startswith("error: ")
+        assert wanted in done.stderr
+    if more == 0:
+        assert done.returncode == 1
+
+
 def test_a_file_replaced_on_a_full_disk_stays_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_text(tmp_path / "a.json", "old")
 
