@@ -9,6 +9,7 @@ import pytest
 
 from edgecompress.searching.front import (
     EarlyRecord,
+    FinishedRecord,
     Point,
     hopeless,
     hypervolume,
@@ -73,29 +74,34 @@ def test_rank_correlation_is_pearson_on_mean_ranks() -> None:
     assert rank_correlation([1, 1, 1], [1, 2, 3]) is None
 
 
-def _hopeless(own: EarlyRecord, others: list[EarlyRecord], **how: object) -> str | None:
-    rest: dict[str, object] = {"val_images": 10_000, "gains": [], "accuracy_limit": None, **how}
-    return hopeless(own, others, **rest)  # type: ignore[arg-type]
+def _finished(trial: int, early: float, accuracy: float, cost: float, epochs: int = 2) -> FinishedRecord:
+    return FinishedRecord(EarlyRecord(trial, epochs, early, cost), accuracy)
 
 
-def test_a_trial_is_hopeless_when_another_was_better_and_cheaper_by_then() -> None:
-    own = EarlyRecord(1, 2, 0.80, 5.0)
-    assert "trial 0" in str(_hopeless(own, [EarlyRecord(0, 2, 0.82, 5.0)]))
+OWN = EarlyRecord(9, 2, 0.80, 5.0)
+DEARER = [_finished(number, 0.80, 0.80 + gain, 9.0) for number, gain in enumerate((0.01, 0.02, 0.03))]
+
+
+def test_a_trial_is_hopeless_when_a_cheaper_one_ended_where_it_cannot_come_to() -> None:
+    def why(*others: FinishedRecord, val_images: int = 10_000) -> str | None:
+        return hopeless(OWN, [*DEARER, *others], val_images=val_images, accuracy_limit=None)
+
+    assert "trial 5 reached 84.0%" in str(why(_finished(5, 0.82, 0.84, 5.0)))
     for other in (
-        EarlyRecord(0, 2, 0.82, 5.1),  # dearer
-        EarlyRecord(0, 2, 0.802, 5.0),  # within the error of 10,000 images
-        EarlyRecord(0, 3, 0.95, 1.0),  # at another epoch
-        EarlyRecord(1, 2, 0.95, 1.0),  # its own earlier attempt
+        _finished(5, 0.82, 0.84, 5.1),  # dearer
+        _finished(5, 0.82, 0.832, 5.0),  # within the error of 10,000 images
+        _finished(5, 0.82, 0.84, 1.0, epochs=3),  # known at another epoch only
+        _finished(9, 0.82, 0.84, 1.0),  # its own earlier attempt
+        _finished(5, 0.79, 0.84, 1.0),  # was no better by then
     ):
-        assert _hopeless(own, [other]) is None, other
-    assert _hopeless(own, [EarlyRecord(0, 2, 0.82, 5.0)], val_images=100) is None
+        assert why(other) is None, other
+    assert why(_finished(5, 0.82, 0.84, 5.0), val_images=100) is None
 
 
 def test_a_trial_is_hopeless_when_the_limit_is_out_of_reach() -> None:
-    own = EarlyRecord(4, 2, 0.80, 5.0)
-    assert "out of reach" in str(_hopeless(own, [], gains=[0.01, 0.02, 0.05], accuracy_limit=0.9))
-    assert _hopeless(own, [], gains=[0.01, 0.02, 0.12], accuracy_limit=0.9) is None
-    assert _hopeless(own, [], gains=[0.01, 0.02], accuracy_limit=0.9) is None  # too few to go by
+    assert "out of reach" in str(hopeless(OWN, DEARER, val_images=10_000, accuracy_limit=0.9))
+    assert hopeless(OWN, DEARER, val_images=10_000, accuracy_limit=0.83) is None
+    assert hopeless(OWN, DEARER[:2], val_images=10_000, accuracy_limit=0.9) is None  # too few to go by
 
 
 def test_ties_on_the_front_keep_the_earlier_trial() -> None:

@@ -42,7 +42,7 @@ class Pretended(Trial):
         run = self.terms.run_of(self.number)
         write_json(run.manifest_path, {"schema_version": 1, "stages": [], "status": "complete"})
         accuracy, latency = 0.9 - 0.3 * ratio**2, 1.0 - ratio
-        if self.number == 0:
+        if self.number < 3:
             self.early.append(EarlyRecord(self.number, 2, accuracy - 0.1, latency))
             assert self.judge(self.early[0]) is None
         type(self).hook(self)

@@ -73,6 +73,9 @@ def _ranks(values: Sequence[float]) -> np.ndarray:
     return np.array([(array < value).sum() + ((array == value).sum() + 1) / 2 for value in array])
 
 
+_FEWEST_GAINS = 3  # finished trials, before it is known what may still be gained
+
+
 @dataclass(frozen=True)
 class EarlyRecord:
     """A trial in the middle of its training: val accuracy and predicted cost after so many epochs."""
@@ -83,30 +86,34 @@ class EarlyRecord:
     cost: float
 
 
-def hopeless(
-    own: EarlyRecord,
-    others: Sequence[EarlyRecord],
-    *,
-    val_images: int,
-    gains: Sequence[float],
-    accuracy_limit: float | None,
-) -> str | None:
-    """Why a trial is not worth going on with, or None.
+@dataclass(frozen=True)
+class FinishedRecord:
+    """What a finished trial was in the middle of its training, and the val accuracy that it came to."""
 
-    `gains` are what finished trials gained from this epoch to the end, in accuracy; `accuracy_limit` is the least that
-    is wanted. Both rules allow for one standard error of an accuracy on `val_images` images.
+    early: EarlyRecord
+    accuracy: float
+
+
+def hopeless(
+    own: EarlyRecord, finished: Sequence[FinishedRecord], *, val_images: int, accuracy_limit: float | None
+) -> str | None:
+    """Why a trial is not worth going on with, or None; None too while fewer than three trials are finished.
+
+    What it may still become is its accuracy with the most that a finished trial gained from the same epoch on, and one
+    standard error of an accuracy on `val_images` images. To compare accuracies at the same epoch would not do: a higher
+    learning rate is behind until it has fallen. `accuracy_limit` is the least that is wanted.
     """
-    error = math.sqrt(max(own.accuracy * (1 - own.accuracy), 1e-4) / val_images)
-    for other in others:
-        is_comparable = other.epochs == own.epochs and other.trial != own.trial
-        if is_comparable and other.cost <= own.cost and other.accuracy >= own.accuracy + error:
-            return (
-                f"after {own.epochs} epochs trial {other.trial} had {other.accuracy:.1%} on val at no higher predicted "
-                f"cost, against {own.accuracy:.1%} here"
-            )
-    if accuracy_limit is not None and len(gains) >= 3 and own.accuracy + max(gains) + error < accuracy_limit:
-        return (
-            f"{own.accuracy:.1%} on val after {own.epochs} epochs, and no finished trial gained more than "
-            f"{100 * max(gains):.1f} points from there: {accuracy_limit:.1%} is out of reach"
-        )
+    others = [other for other in finished if other.early.epochs == own.epochs and other.early.trial != own.trial]
+    gains = [other.accuracy - other.early.accuracy for other in others]
+    if len(gains) < _FEWEST_GAINS:
+        return None
+    within_reach = own.accuracy + max(gains) + math.sqrt(max(own.accuracy * (1 - own.accuracy), 1e-4) / val_images)
+    here = f"{own.accuracy:.1%} on val after {own.epochs} epochs, and no finished trial gained more than"
+    here += f" {100 * max(gains):.1f} points from there"
+    better = [other for other in others if other.early.cost <= own.cost and other.accuracy > within_reach]
+    if better:
+        best = max(better, key=lambda other: other.accuracy)
+        return f"{here}: trial {best.early.trial} reached {best.accuracy:.1%} at no higher predicted cost"
+    if accuracy_limit is not None and within_reach < accuracy_limit:
+        return f"{here}: {accuracy_limit:.1%} is out of reach"
     return None

@@ -16,7 +16,7 @@ from edgecompress import console
 from edgecompress.data.run_data import open_data
 from edgecompress.errors import ConfigurationError, DataError, RunError, StageError, machine_fault
 from edgecompress.run_directory import Json, versioned, write_json, write_text
-from edgecompress.searching.front import EarlyRecord, hopeless
+from edgecompress.searching.front import EarlyRecord, FinishedRecord, hopeless
 from edgecompress.searching.latency_table import LatencyTable
 from edgecompress.searching.order import (
     DOCUMENT,
@@ -202,12 +202,10 @@ class _Search:
         def judge(early: EarlyRecord) -> str | None:
             self.study.report(attempt, early.__dict__)
             records = self.study.records()
-            others = [EarlyRecord(**row) for record in records for row in record.early if record.id != early.trial]
             return hopeless(
                 early,
-                others,
+                _finished(records, early.epochs),
                 val_images=len(self.data.splits["val"]),
-                gains=_gains(records, early.epochs),
                 accuracy_limit=self._accuracy_limit(records),
             )
 
@@ -230,7 +228,7 @@ class _Search:
     def _estimated(self, early: EarlyRecord) -> tuple[float, float]:
         """What a trial that was given up would have come to: so that the sampler learns from it as well."""
         records = self.study.records()
-        gains = sorted(_gains(records, early.epochs))
+        gains = sorted(other.accuracy - other.early.accuracy for other in _finished(records, early.epochs))
         gain = gains[len(gains) // 2] if gains else 0.0
         complete = [record.result for record in records if record.status == "complete"]
         pairs = [(r["cost"], e.cost) for r, e in ((x, _last_early(x, records)) for x in complete) if e is not None]
@@ -304,10 +302,10 @@ class _Search:
         return document
 
 
-def _gains(records: Sequence[TrialRecord], epochs: int) -> list[float]:
-    """What finished trials gained in accuracy from an epoch to their end."""
+def _finished(records: Sequence[TrialRecord], epochs: int) -> list[FinishedRecord]:
+    """Finished trials as they were after so many epochs."""
     return [
-        float(record.result["accuracy"] - early["accuracy"])
+        FinishedRecord(EarlyRecord(**early), float(record.result["accuracy"]))
         for record in records
         if record.status == "complete"
         for early in record.early
