@@ -162,6 +162,7 @@ def fixed_arm(points: list[Settings], terms: Terms, cls: type[FloatTrial]) -> No
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--epochs", type=int, default=30, help="of finetuning, for each arm")
     parser.add_argument("--work", type=Path, default=Path("work"))
     parser.add_argument("--results", type=Path, default=Path("benchmarks/results/search.json"))
@@ -172,7 +173,7 @@ def main() -> None:
     document: dict[str, Any] = read_json(arguments.results) if arguments.results.is_file() else {"rows": []}
     target = own_target()
     count = arguments.epochs // FINETUNE_EPOCHS
-    for seed in range(arguments.seeds):
+    for seed in range(arguments.first_seed, arguments.first_seed + arguments.seeds):
         for arm in ("grid", "random", "search"):
             if any(
                 row["seed"] == seed and row["arm"] == arm and row["epochs"] == arguments.epochs
