@@ -15,7 +15,9 @@ from playwright.sync_api import Browser, Page, sync_playwright
 from edgecompress.reporting.comparison import comparison_document
 from edgecompress.reporting.report_page import write_pages, write_report
 from edgecompress.run_directory import RunDirectory
+from edgecompress.searching import search_page
 from report_runs import full_run, hostile_run
+from search_documents import search_document
 
 pytestmark = pytest.mark.slow
 NAMES = (
@@ -83,9 +85,20 @@ def compared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return page
 
 
+@pytest.fixture(scope="module")
+def searched(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("searched") / "search.html"
+    path.write_text(search_page.page(search_document(recipe=NAMES[1])))
+    return path
+
+
 @pytest.mark.parametrize("width", [390, 1280])
-def test_a_comparison_opens_in_peace_and_without_barriers(browser: Browser, compared: Path, width: int) -> None:
-    visit = Visit(browser, compared, width=width)
+@pytest.mark.parametrize("name", ["compared", "searched"])
+def test_the_other_pages_open_in_peace_and_without_barriers(
+    browser: Browser, request: Any, name: str, width: int
+) -> None:
+    visit = Visit(browser, request.getfixturevalue(name), width=width)
+    assert visit.page.title() != "executed"
     assert visit.page.locator("svg.plot").count() == 2
     assert visit.page.evaluate("document.documentElement.scrollWidth") <= width
     assert (visit.said, visit.asked_outside) == ([], [])

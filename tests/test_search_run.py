@@ -120,6 +120,7 @@ def test_the_front_the_pick_and_what_is_written(order: SearchOrder, tmp_path: Pa
     text = (tmp_path / "s" / "search.md").read_text()
     assert f"| {document['pick']} | complete |" in text
     assert any("<- pick" in line for line in lines(document))
+    assert f"{document['pick']}, the pick" in (tmp_path / "s" / "search.html").read_text()
 
 
 def test_the_pick_is_measured_at_length_even_where_it_was_not_on_the_front(

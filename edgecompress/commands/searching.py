@@ -1,7 +1,7 @@
 """The command that chooses: search, which tries a recipe's settings and names the model to ship.
 
 What enters: a recipe, a target, what may be lost, and how much may be tried. What leaves: a folder of complete runs,
-search.json and search.md.
+search.json, search.md and search.html.
 """
 
 from __future__ import annotations
@@ -159,5 +159,5 @@ def _show(document: dict[str, Any]) -> None:
 
     for line in lines(document):
         typer.echo(line)
-    typer.echo(f"search: {document['folder']}")
+    typer.echo(f"page: {document['folder']}/search.html")
     print_next(after_search(document))

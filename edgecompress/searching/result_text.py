@@ -27,7 +27,7 @@ def lines(document: Json) -> Iterator[str]:
     for point in document["nearest"]:
         yield f"Nearest: trial {point['trial']} ({point['run']})"
         yield from (f"  - {sentence}" for sentence in point["would_have_to_give"])
-    yield from _proxy_lines(document)
+    yield from proxy_lines(document)
     spent = document["spent"]
     yield (
         f"{spent['complete']} trials complete, {spent['pruned']} given up early, {spent['failed']} failed; "
@@ -55,7 +55,7 @@ def markdown(document: Json) -> str:
         "",
         "## What was searched",
         "",
-        *(f"- `{d['path']}`: {_range(d)}" for d in document["space"]),
+        *(f"- `{d['path']}`: {range_text(d)}" for d in document["space"]),
         "",
         "## Trials",
         "",
@@ -66,10 +66,11 @@ def markdown(document: Json) -> str:
     left = len(document["trials"]) - _MOST_TRIALS
     if left > 0:
         head.append(f"\n{left} more trials stand in search.json.")
-    return "\n".join([*head, "", *(f"- {line}" for line in _proxy_lines(document)), ""])
+    return "\n".join([*head, "", *(f"- {line}" for line in proxy_lines(document)), ""])
 
 
-def _proxy_lines(document: Json) -> Iterator[str]:
+def proxy_lines(document: Json) -> Iterator[str]:
+    """How well what was cheap ranked what was measured."""
     names = {
         "early_accuracy": "accuracy at the first early epoch ranked the final accuracy",
         "predicted_latency": "the table of layer times ranked the measured latency",
@@ -93,7 +94,8 @@ def _cells(row: Json) -> tuple[str, str, str, str, str, str]:
     )
 
 
-def _range(dimension: Json) -> str:
+def range_text(dimension: Json) -> str:
+    """What a field may be, in words."""
     if "choices" in dimension:
         return ", ".join(f"`{choice}`" for choice in dimension["choices"])
     return f"{dimension['low']:g} to {dimension['high']:g}{' (log)' if dimension['log'] else ''}"

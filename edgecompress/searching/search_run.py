@@ -1,8 +1,8 @@
 """The search: trials one after the other, by this process and any others, until there are enough or the time is spent.
 
-What enters: a recipe's space, a target and what may be lost. What leaves: search.json and search.md, true after every
-trial, and the runs that they name. All that is known lies in the study, so that any worker can write them, and a search
-that stops goes on.
+What enters: a recipe's space, a target and what may be lost. What leaves: search.json, search.md and search.html,
+true after every trial, and the runs that they name. All that is known lies in the study, so that any worker can write
+them, and a search that stops goes on.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from edgecompress.searching.order import (
 )
 from edgecompress.searching.result import SearchTerms, found
 from edgecompress.searching.result_text import markdown
+from edgecompress.searching.search_page import page
 from edgecompress.searching.space import load_space
 from edgecompress.searching.study import Attempt, SharedStudy, TrialRecord
 from edgecompress.searching.study_storage import FILE, shown_url
@@ -239,7 +240,7 @@ class _Search:
     # ---- what is known
 
     def write(self, *, status: str = "running") -> Json:
-        """search.json and search.md from the study; returns the document."""
+        """search.json, search.md and search.html from the study; returns the document."""
         records = self.study.records()
         over = all(record.status != "running" for record in records)
         enough = self.order.trials is None or len(records) >= self.order.trials
@@ -268,6 +269,7 @@ class _Search:
         document |= found(records, terms)
         write_json(self.path, document)
         write_text(self.directory / "search.md", markdown(document))
+        write_text(self.directory / "search.html", page(document))
         return document
 
     def _status(self, document: Json) -> str:
