@@ -100,6 +100,7 @@ def main() -> None:
     # torch's threads spin while they wait for each other. On two cores with anything else running that made training
     # ten times slower; so they spin shortly, then sleep. The user's own setting wins.
     os.environ.setdefault("GOMP_SPINCOUNT", "5000")
+    sys.unraisablehook = _end_where_a_thread_cannot_begin
     try:
         app()
     except BrokenPipeError:
@@ -115,3 +116,18 @@ def _fail_with_nothing(message: str) -> NoReturn:
     else:
         sys.stderr.write(f"error: {message}\n")
     sys.exit(EXIT_STAGE_FAILED)
+
+
+def _end_where_a_thread_cannot_begin(fault: sys.UnraisableHookArgs) -> None:
+    """End the process where a thread of it ran out of memory before it had begun.
+
+    Whoever started it waits for ever for it to begin (https://github.com/python/cpython/issues/140746), so nobody else
+    can. Files are safe: this is no worse than being killed, which every command survives.
+    """
+    if isinstance(fault.exc_value, MemoryError) and getattr(fault.object, "__name__", "") == "_bootstrap":
+        try:
+            _fail_with_nothing(str(machine_fault(fault.exc_value)))
+        finally:
+            sys.stdout.flush()
+            os._exit(EXIT_STAGE_FAILED)
+    sys.__unraisablehook__(fault)

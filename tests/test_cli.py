@@ -296,6 +296,7 @@ def test_console_script_is_the_command_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys, "argv", ["edgecompress", "targets", "list", "--json"])
+    monkeypatch.setattr(sys, "unraisablehook", sys.unraisablehook)  # which the command line takes for its own process
     with pytest.raises(SystemExit) as caught:
         cli.main()
     assert caught.value.code == 0

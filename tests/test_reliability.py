@@ -209,6 +209,34 @@ def test_a_process_that_can_open_no_file_still_says_so(more: int, as_json: bool,
         assert done.returncode == 1
 
 
+THREADLESS = """
+import sys, threading
+from edgecompress import cli
+
+def no_memory(thread):
+    raise MemoryError
+
+def work():
+    threading.Thread._bootstrap = no_memory
+    no_memory.__name__ = "_bootstrap"
+    threading.Thread(target=print).start()
+
+cli.app = work
+cli.main()
+"""
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_a_thread_that_has_no_memory_to_begin_ends_the_command(as_json: bool) -> None:
+    """Python itself would wait for it for ever."""
+    words = [sys.executable, "-c", THREADLESS, *(["--json"] if as_json else [])]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    message = json.loads(done.stdout)["error"] if as_json else done.stderr
+    assert "not enough memory; end other programs" in message
+    assert "Traceback" not in done.stderr
+
+
 def test_a_file_replaced_on_a_full_disk_stays_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_text(tmp_path / "a.json", "old")
 
