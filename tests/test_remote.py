@@ -311,6 +311,15 @@ def test_a_full_disk_is_said(
             source = Path(attendant.__file__).read_text()
             (tmp_path / "attendant.py").write_text(source.replace("shutil.disk_usage(session.base).free", "10**12"))
             monkeypatch.setattr(attendant, "__file__", str(tmp_path / "attendant.py"))
+            upload = remote._upload
+
+            def interrupted(*arguments: Any) -> None:
+                """As where ssh ends before all is sent: by then the device has said why."""
+                with contextlib.suppress(OSError):
+                    upload(*arguments)
+                raise BrokenPipeError
+
+            monkeypatch.setattr(remote, "_upload", interrupted)
         message = failing(device, bundle, tmp_path)
         assert ("MB are needed" if is_known else "no space left") in message
         assert "device.work_folder" in message

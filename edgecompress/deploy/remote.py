@@ -340,7 +340,10 @@ def _measure(
     ]
     try:
         _upload(connection, files, scripts)
-    except OSError:
+    except OSError:  # the far end is gone, and may have said why before it went
+        while (message := connection.next()) is not None:
+            if "failed" in message:
+                raise _failure(host, message["failed"]) from None
         raise _lost(connection, host, answers, "while the files were sent") from None
     printed: dict[str, list[str]] = {"machine": [], "self-test": []}
     results: Json | None = None
