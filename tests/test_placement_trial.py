@@ -21,6 +21,20 @@ from edgecompress.settings.gates import missed_gates, speed_gate
 from edgecompress.steps import placement_run
 from edgecompress.training.evaluate import paired_drop_interval
 
+RECIPE = """
+model: {name: student_cnn}
+data: {name: digits}
+stages:
+  - {id: dense, kind: train, epochs: 2, batch_size: 64}
+  - {id: int8, kind: quantize, effort: fast, placement_trials: 1, calibration: {samples: 32}}
+gates: {max_accuracy_drop: 1.0, int8_min_top1_agreement: 0.0}
+"""
+
+
+def first_layer_in_float(costs: list[LayerCost], *, by_noise: bool) -> list[Candidate]:
+    """The only placement that is tried beside full int8."""
+    return [Candidate((costs[0].layer,), 1.0, 0.0)]
+
 
 def test_the_interval_of_a_drop_holds_the_truth_as_often_as_it_says() -> None:
     """Pairs of answers drawn at random: 3 % of them lost, 1 % won, so the true drop is 2 points."""
@@ -90,19 +104,11 @@ def test_int8_that_is_slower_ends_with_exit_code_three(
         measured.append(int8)
         return {"speedup": 0.8, "speedup_ci95": [0.7, 0.9], "latency_ms": 2.0, "fp32_latency_ms": 1.6}
 
-    def first_layer_in_float(costs: list[LayerCost], *, by_noise: bool) -> list[Candidate]:
-        return [Candidate((costs[0].layer,), 1.0, 0.0)]
-
     monkeypatch.setattr(placement_run, "candidates", first_layer_in_float)
     monkeypatch.setattr(placement_run, "timed", clock)
     monkeypatch.setattr(placement_trial, "timed", clock)
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(
-        "model: {name: student_cnn}\ndata: {name: digits}\nstages:\n"
-        "  - {id: dense, kind: train, epochs: 2, batch_size: 64}\n"
-        "  - {id: int8, kind: quantize, effort: fast, placement_trials: 1, calibration: {samples: 32}}\n"
-        "gates: {max_accuracy_drop: 1.0, int8_min_top1_agreement: 0.0}\n"
-    )
+    recipe.write_text(RECIPE)
     made = command_line("apply", recipe, "--output", tmp_path / "run")
     assert made.exit_code == 3, made.stderr
     run = json.loads((tmp_path / "run/run.json").read_text())
@@ -145,12 +151,7 @@ def test_placements_are_timed_with_the_kernels_that_the_device_will_use(
         monkeypatch.setattr(module, "timed", clock)
     monkeypatch.setattr(placement_run, "choose_conv_kernels", choice)
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(
-        "model: {name: student_cnn}\ndata: {name: digits}\nstages:\n"
-        "  - {id: dense, kind: train, epochs: 2, batch_size: 64}\n"
-        "  - {id: int8, kind: quantize, effort: fast, calibration: {samples: 32}}\n"
-        "gates: {max_accuracy_drop: 1.0, int8_min_top1_agreement: 0.0}\n"
-    )
+    recipe.write_text(RECIPE)
     made = command_line("apply", recipe, "--output", tmp_path / "run")
     assert made.exit_code == 0, made.stderr
     assert products == [0, 2]
@@ -162,13 +163,10 @@ def test_placements_are_timed_with_the_kernels_that_the_device_will_use(
     assert len(decision["matrix_product_convs"]) == 2
 
     # With layers in float, the others keep their kernels, and so does the finished model.
-    def first_layer_in_float(costs: list[LayerCost], *, by_noise: bool) -> list[Candidate]:
-        return [Candidate((costs[0].layer,), 1.0, 0.0)]
-
     products.clear()
     monkeypatch.setattr(placement_run, "candidates", first_layer_in_float)
     monkeypatch.setattr(placement_run, "_seems_slow", lambda trial: len(products) < 3)
-    made = command_line("apply", recipe, "--output", tmp_path / "mixed", "--set", "stages.int8.placement_trials=1")
+    made = command_line("apply", recipe, "--output", tmp_path / "mixed")
     assert made.exit_code == 0, made.stderr
     assert products == [0, 2, 1, 2]
 

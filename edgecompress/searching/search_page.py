@@ -16,7 +16,7 @@ from edgecompress.run_directory import Json
 from edgecompress.searching.result_text import proxy_lines, range_text
 
 _OTHER, _FRONT, _PICK = 0, 2, 1  # of the page's series: grey, blue, orange
-_AXES: dict[str, tuple[str, float]] = {"ms": ("latency, ms", 1.0), "MACs": ("MACs, millions", 1e6)}
+_SIZE = "size of the int8 file, kB"
 
 
 def page(document: Json) -> str:
@@ -55,14 +55,18 @@ def _nearest(document: Json) -> list[str]:
 
 def _figures(document: Json, front: dict[int, Json]) -> list[Json]:
     """Accuracy against the cost, and against size where the cost is another; each where two trials can be drawn."""
-    label, unit = _AXES.get(document["cost_unit"], ("peak memory, kB", 1e3))
-    if document["minimize"] == "size":
-        label = "size of the int8 file, kB"
+    label, unit = _cost_axis(document)
     figures = [_figure("cost", label, document, front, lambda trial: float(trial["cost"]) / unit)]
     if document["minimize"] != "size":
-        name = "size of the int8 file, kB"
-        figures.append(_figure("size", name, document, front, lambda trial: float(trial["size_bytes"]) / 1e3))
+        figures.append(_figure("size", _SIZE, document, front, lambda trial: float(trial["size_bytes"]) / 1e3))
     return [figure for figure in figures if len(figure["points"]) > 1]
+
+
+def _cost_axis(document: Json) -> tuple[str, float]:
+    """What the cost is called, with its unit, and by what it is divided for that."""
+    if document["minimize"] == "latency":
+        return ("MACs, millions", 1e6) if document["cost_unit"] == "MACs" else ("latency, ms", 1.0)
+    return ({"size": _SIZE, "memory": "peak memory, kB"}[document["minimize"]], 1e3)
 
 
 def _figure(
