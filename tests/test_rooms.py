@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).resolve().parent.parent / "edgecompress"
-FOUNDATION = ("errors", "console", "machine", "run_directory", "shipped")
+FOUNDATION = ("errors", "console", "machine", "run_directory", "shipped", "threads")
 ORDER = (
     *("settings", "data", "models", "training", "exporting", "measure", "pruning", "int8", "stages", "reporting"),
     *("device", "deploy", "steps", "searching", "pipeline", "results", "findings", "api", "commands", "cli"),

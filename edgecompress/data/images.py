@@ -13,7 +13,7 @@ import struct
 import zlib
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +25,7 @@ from PIL import Image
 from edgecompress import console
 from edgecompress.data.preprocessing import Preprocessing, whole_image
 from edgecompress.errors import DataError
+from edgecompress.threads import thread_pool
 
 # What PIL's decoders are known to raise on damaged or hostile files.
 DECODE_ERRORS = (
@@ -315,7 +316,7 @@ def _decode_ahead(
             return error
 
     pending: deque[Future[np.ndarray | DataError]] = deque()
-    pool = ThreadPoolExecutor(_workers(), thread_name_prefix="decode")
+    pool = thread_pool(_workers(), "decode")
     try:
         for index in indices:
             pending.append(pool.submit(decode, index))

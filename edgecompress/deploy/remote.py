@@ -30,6 +30,7 @@ from edgecompress.machine import mismatches
 from edgecompress.measure.measuring import STANDARD
 from edgecompress.run_directory import Json
 from edgecompress.settings.target import Target
+from edgecompress.threads import start_thread
 
 PYTHON_MIN = "3.9"
 CONNECT_SECONDS = 15
@@ -116,11 +117,7 @@ class _Connection:
         self.messages: queue.Queue[Json | None] = queue.Queue()
         self.errors: list[str] = []
         self._sending = threading.Lock()
-        self._threads = [
-            threading.Thread(target=work, daemon=True) for work in (self._read, self._read_errors, self._beat)
-        ]
-        for thread in self._threads:
-            thread.start()
+        self._threads = [start_thread(work) for work in (self._read, self._read_errors, self._beat)]
 
     def _stream(self, stream: IO[bytes] | None) -> Iterator[str]:
         assert stream is not None

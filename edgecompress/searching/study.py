@@ -29,6 +29,7 @@ from edgecompress.searching.sampler import FrontSampler
 from edgecompress.searching.study_storage import StudyStorage
 from edgecompress.searching.worker_signs import BEAT_SECONDS, WorkerSigns
 from edgecompress.settings.search_space import Dimension, label
+from edgecompress.threads import start_thread
 
 CONSTRAINT = "max_accuracy_drop"
 _STARTUP_TRIALS = 6  # finished trials before the sampler models them
@@ -134,7 +135,7 @@ class SharedStudy:
         settings = {d.path: self._suggest(handle, d) for d in self.dimensions}
         attempt = Attempt(trial, settings, handle, is_resumed=trial != handle.number, lock=lock)
         if not self._storage.is_file:  # whoever uses the file shares the folder, and with it the locks
-            threading.Thread(target=self._beat, args=(attempt,), daemon=True).start()
+            start_thread(self._beat, attempt)
         return attempt
 
     def _sampler(self) -> optuna.samplers.BaseSampler:
