@@ -17,33 +17,21 @@ from __future__ import annotations
 import argparse
 import copy
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 from torch.fx import GraphModule, Interpreter, Node
+from two_sources import BATCH, TwoSources, add_arguments
 
-from edgecompress.data.preprocessing import Preprocessing
-from edgecompress.data.run_data import PreparedSplit, calibration_indices, open_data
-from edgecompress.exporting.parity import sqnr_db, top1_agreement
 from edgecompress.int8.capture import capture
-from edgecompress.int8.post_training import quantize
-from edgecompress.int8.scheme import resolve_scheme
 from edgecompress.machine import describe_machine, summarize_machine
-from edgecompress.models.checkpoint import example_input
-from edgecompress.models.model_building import create_model
-from edgecompress.settings.model_settings import ModelSettings
-from edgecompress.settings.recipe import DataSettings, QuantizeStage
-from edgecompress.settings.target import load_target
 
 aten = torch.ops.aten
 _CLAMPS = {aten.relu.default, aten.relu_.default, aten.relu6.default, aten.hardtanh.default, aten.hardtanh_.default}
 _MOST = 8.0  # times that a channel is scaled up
-_BATCH = 16
 
 
 @dataclass(frozen=True)
@@ -83,7 +71,7 @@ def peaks_of(graph: GraphModule, pairs: list[Pair], images: Tensor) -> dict[str,
                 peaks[name] = torch.maximum(peaks[name], highest) if name in peaks else highest
             return value
 
-    for part in torch.split(images, _BATCH):
+    for part in torch.split(images, BATCH):
         Watching(graph).run(part)
     return peaks
 
@@ -107,49 +95,14 @@ def equalized(module: nn.Module, pairs: list[Pair], peaks: dict[str, Tensor], de
     return twin
 
 
-def pixels(split: PreparedSplit, indices: np.ndarray) -> Tensor:
-    """Prepared images, uint8 [N, C, H, W]."""
-    return torch.cat([batch for batch, _ in split.batches(_BATCH, indices=torch.from_numpy(np.sort(indices)))])
-
-
-def drawn(split: PreparedSplit, count: int) -> Tensor:
-    """A seeded choice of a split's images."""
-    return pixels(split, np.random.default_rng(0).permutation(len(split))[:count])
-
-
-@torch.inference_mode()
-def logits_of(model: nn.Module, images: Tensor, preprocessing: Preprocessing) -> np.ndarray:
-    """Logits [N, classes]."""
-    batches = torch.split(images, _BATCH)
-    return np.concatenate([model(preprocessing.normalize(batch)).numpy() for batch in batches])
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--checkpoint", type=Path, required=True)
-    parser.add_argument("--data", type=Path, required=True, help="image folders of calibration and evaluation")
-    parser.add_argument("--class-index", type=Path)
-    parser.add_argument("--other-data", type=Path, required=True, help="image folders of another source")
-    parser.add_argument("--samples", type=int, default=96, help="calibration images")
-    parser.add_argument("--images", type=int, default=500, help="of each source, to judge by")
+    add_arguments(parser, samples=96)
     parser.add_argument("--deviations", type=float, nargs="*", default=[4.0, 6.0])
     arguments = parser.parse_args()
-    data = open_data(DataSettings(name="image_folder", root=arguments.data, class_index=arguments.class_index))
-    torch.manual_seed(0)
-    created = create_model(ModelSettings(name=arguments.model, checkpoint=arguments.checkpoint), data)
-    module, preprocessing = created.module.eval(), created.architecture.preprocessing
-    train = data.splits["train"].prepare(preprocessing, cache=False)
-    chosen = calibration_indices(train.labels.numpy(), arguments.samples, 0)
-    calibration = preprocessing.normalize(pixels(train, np.asarray(chosen)))
-    other_data = open_data(DataSettings(name="image_folder", root=arguments.other_data))
-    sources = [
-        drawn(found.splits[found.report_split].prepare(preprocessing, cache=False), arguments.images)
-        for found in (data, other_data)
-    ]
-    wanted = [logits_of(module, images, preprocessing) for images in sources]
-    example = example_input(created.architecture)
-    graph = capture(module, example)
+    bench = TwoSources(arguments)
+    module, calibration = bench.module, bench.calibration()
+    graph = capture(module, bench.example)
     pairs = pairs_of(graph)
     if not pairs:
         raise SystemExit(f"{arguments.model}: no batch norm, clamp and depthwise convolution in a row")
@@ -158,25 +111,13 @@ def main() -> None:
     for count in arguments.deviations:
         tried[f"batch norm's mean + {count:g} deviations"] = equalized(module, pairs, peaks, count)
 
-    stage = QuantizeStage.model_validate({"kind": "quantize", "id": "int8", "effort": "fast", "placement": "full"})
-    scheme, _ = resolve_scheme(stage, load_target("x86"))
     table = Table(title=f"{arguments.model}: {len(pairs)} pairs equalized, {arguments.samples} calibration images")
     for column in ("channel peaks from", "float, own source", "other source", "int8, own source", "other source"):
         table.add_column(column)
     for name, candidate in tried.items():
-        int8 = quantize(
-            candidate,
-            stage=stage,
-            scheme=scheme,
-            calibration=lambda: iter(torch.split(calibration, _BATCH)),
-            batches=-(-len(calibration) // _BATCH),
-            example=example,
-        ).simulation()
-        cells = []
-        for model in (candidate, int8):
-            for images, reference in zip(sources, wanted, strict=True):
-                got = logits_of(model, images, preprocessing)
-                cells.append(f"{top1_agreement(reference, got):.2%}, {sqnr_db(reference, got):.1f} dB")
+        models = (candidate, bench.int8(candidate, "fast", calibration))
+        found = [result for model in models for result in bench.compare(model)]
+        cells = [f"{agreement:.2%}, {decibels:.1f} dB" for agreement, decibels in found]
         table.add_row(name, *cells)
     console = Console(width=140)
     console.print(table)

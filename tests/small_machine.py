@@ -13,6 +13,7 @@ import json
 import os
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -34,7 +35,8 @@ DISK_BYTES = 64 << 20
 APPLY_SHARES = (0.0, 0.4, 0.95)  # of what a whole run takes: so much is free
 EXPORT_SHARES = (0.0, 0.5, 1.2)  # of the largest exported file; an older export is there for all but the last
 OPEN_FILES = (0, 1, 2)  # more than are open at the start
-MEMORY_BYTES = (4 << 20, 24 << 20, 48 << 20, 64 << 20)  # more than are mapped at the start
+MEMORY_MB = (4, 8, 12, 16, 24, 32, 40, 48, 64, 96)  # more than are mapped at the start
+COMMAND_SECONDS = 300  # a command that has not ended by then never would
 
 
 @dataclass
@@ -54,6 +56,7 @@ class Cases:
             torch.set_num_threads(1)
             console._settings = console._Settings()
             with answer.open("w") as stream:  # opened before the limit
+                signal.alarm(COMMAND_SECONDS)
                 limit()
                 result = CliRunner().invoke(cli.app, [str(word) for word in words], catch_exceptions=True)
                 resource.setrlimit(resource.RLIMIT_AS, resource.getrlimit(resource.RLIMIT_AS)[1:] * 2)
@@ -143,7 +146,7 @@ def try_all(cases: Cases, *, short: bool) -> None:
         try_read_only(cases, recipe, target, exported)
         if not short:  # what libraries do where they get nothing depends on the moment
             try_few_files(cases, target, (exported, again), OPEN_FILES)
-            try_little_memory(cases, recipe, target, (exported, again), MEMORY_BYTES)
+            try_little_memory(cases, recipe, target, (exported, again), MEMORY_MB)
     finally:
         subprocess.run(["umount", "-l", str(disk)], check=True)
 
@@ -221,7 +224,7 @@ def try_little_memory(
 
     def limit(more: int) -> None:
         pages = int(Path("/proc/self/statm").read_text().split()[0])
-        most = pages * resource.getpagesize() + more
+        most = pages * resource.getpagesize() + (more << 20)
         resource.setrlimit(resource.RLIMIT_AS, (most, resource.getrlimit(resource.RLIMIT_AS)[1]))
 
     for more in limits:
@@ -232,7 +235,7 @@ def try_little_memory(
             else:
                 shutil.copytree(exported, run)
             answer = cases.command(*words, limit=lambda more=more: limit(more))  # type: ignore[misc]
-            case = f"{command} with {more >> 20} MB of memory"
+            case = f"{command} with {more} MB of memory"
             cases.enough_or_refused(case, answer, "not enough memory")
             if run.is_dir():
                 cases.whole(case, run, exact_files(again), None if command == "apply" else exact_files(exported))

@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
-from torchao.quantization.pt2e.observer import PerChannelMinMaxObserver
 from torchao.quantization.pt2e.quantizer import (
     DerivedQuantizationSpec,
     FixedQParamsQuantizationSpec,
@@ -31,6 +30,7 @@ from torchao.quantization.pt2e.quantizer import (
 from edgecompress.errors import ConfigurationError
 from edgecompress.int8.decompose import decompose_activations, flatten_linears
 from edgecompress.int8.scheme import Scheme
+from edgecompress.int8.weight_ranges import WeightRangeObserver
 from edgecompress.settings.spelling import did_you_mean
 
 _ANNOTATION = "quantization_annotation"
@@ -114,7 +114,7 @@ class OnnxRuntimeQuantizer(Quantizer):  # type: ignore[misc]  # torchao ships no
         )
         self._weight = QuantizationSpec(
             dtype=torch.int8,
-            observer_or_fake_quant_ctr=PerChannelMinMaxObserver.with_args(),
+            observer_or_fake_quant_ctr=WeightRangeObserver.with_args(),
             quant_min=-scheme.weight_limit,
             quant_max=scheme.weight_limit,
             qscheme=torch.per_channel_symmetric,

@@ -1,0 +1,78 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from edgecompress.int8.scheme import Scheme
+from edgecompress.int8.weight_ranges import WeightRangeObserver, least_error_steps
+from int8_models import conv, quantized, seeded
+
+LIMITS = (127, 63)
+
+
+def steps_of(weights: torch.Tensor, limit: int) -> torch.Tensor:
+    return weights.flatten(1).abs().amax(1) / limit
+
+
+@pytest.mark.parametrize("limit", LIMITS)
+def test_steps_are_those_that_trying_each_finds(limit: int) -> None:
+    weights = torch.randn(24, 1, 3, 3, generator=torch.Generator().manual_seed(1))
+    steps = steps_of(weights, limit)
+    found = least_error_steps(weights, steps, -limit, limit).numpy()
+    improved = 0
+    for row, step, got in zip(weights.flatten(1).double().numpy(), steps.numpy(), found, strict=True):
+        shares = np.append(1.0, 0.8 + 0.005 * np.arange(91))
+        errors = [
+            ((row - np.clip(np.round(row / (step * share)), -limit, limit) * step * share) ** 2).sum()
+            for share in shares
+        ]
+        best = min(errors)
+        error = ((row - np.clip(np.round(row / got), -limit, limit) * got) ** 2).sum()
+        assert error == pytest.approx(best, rel=1e-3)
+        improved += bool(best < errors[0])
+    assert improved > 16  # of 24 channels with nine weights each
+
+
+def test_weights_that_lie_on_a_grid_keep_it_and_a_channel_of_zeros_keeps_its_step() -> None:
+    weights = torch.tensor([[127.0, -3.0, 50.0], [0.0, 0.0, 0.0]])
+    steps = torch.tensor([1.0, 0.25])
+    assert least_error_steps(weights, steps, -127, 127).tolist() == [1.0, 0.25]
+
+
+def test_an_outlier_of_seven_bits_is_not_cut_off_for_nothing() -> None:
+    weights = torch.full((1, 9), 0.5)
+    weights[0, 0] = 100.0
+    step = least_error_steps(weights, torch.tensor([100.0 / 63]), -63, 63)
+    assert 63 * float(step) >= 99.0
+
+
+def test_channels_of_many_weights_keep_their_largest_weights_step() -> None:
+    weights = torch.randn(4, 65, generator=torch.Generator().manual_seed(0))
+    steps = steps_of(weights, 127)
+    assert torch.equal(least_error_steps(weights, steps, -127, 127), steps)
+
+
+def test_the_observer_chooses_for_the_weights_that_it_saw() -> None:
+    observer = WeightRangeObserver(
+        dtype=torch.int8, quant_min=-127, quant_max=127, qscheme=torch.per_channel_symmetric, ch_axis=0
+    )
+    weights = torch.randn(8, 1, 3, 3, generator=torch.Generator().manual_seed(2))
+    assert observer(weights) is weights
+    steps, zero_points = observer.calculate_qparams()
+    assert torch.equal(steps, least_error_steps(weights, steps_of(weights, 127), -127, 127))
+    assert zero_points.tolist() == [0] * 8
+
+
+def test_an_int8_model_has_them_and_its_bias_has_the_accumulators_scale() -> None:
+    net = seeded(conv(3, 8, kernel=3))
+    model = quantized(net, scheme=Scheme("uint8", 8))
+    layer = next(node for node in model.graph.graph.nodes if node.target is torch.ops.aten.conv2d.default)
+    constants = dict(model.graph.named_buffers()) | dict(model.graph.named_parameters())
+    source, weight, bias = layer.args[:3]
+    steps = constants[weight.args[1].target]
+    float_weight = next(parameter for parameter in net.parameters() if parameter.dim() == 4)
+    assert not torch.equal(steps, steps_of(float_weight.detach(), 127))
+    torch.testing.assert_close(
+        constants[bias.args[1].target], (steps * float(source.args[1])).to(torch.float32), rtol=1e-6, atol=0.0
+    )
