@@ -40,7 +40,8 @@ from edgecompress.int8.post_training import quantize
 from edgecompress.int8.scheme import resolve_scheme
 from edgecompress.machine import describe_machine, summarize_machine, versions
 from edgecompress.measure.integer_graph import IntegerGraph, inspect_integer_graph
-from edgecompress.measure.measuring import LatencyMeasurement, measure_latency
+from edgecompress.measure.latencies import LatencyMeasurement
+from edgecompress.measure.measuring import measure_latency
 from edgecompress.settings.recipe import QuantizeStage
 from edgecompress.settings.target import Target, load_target
 

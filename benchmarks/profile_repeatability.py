@@ -26,7 +26,8 @@ from rich.console import Console
 from rich.table import Table
 
 from edgecompress.machine import describe_machine, summarize_machine, versions
-from edgecompress.measure.measuring import LatencyMeasurement, measure_latency
+from edgecompress.measure.latencies import LatencyMeasurement
+from edgecompress.measure.measuring import measure_latency
 from edgecompress.run_directory import write_json
 from edgecompress.settings.target import Target, load_target
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Literal
 
 from edgecompress import console, pipeline
-from edgecompress.deploy.remote import Host
+from edgecompress.deploy.connection import Host
 from edgecompress.deploy.verify import Verification
 from edgecompress.deploy.verify import verify as check
 from edgecompress.errors import ConfigurationError, machine_faults

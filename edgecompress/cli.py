@@ -22,6 +22,7 @@ from edgecompress.commands.cli_schemas import schema_app
 from edgecompress.commands.cli_settings import recipes_app, targets_app
 from edgecompress.commands.examples import example
 from edgecompress.errors import EXIT_OK, EXIT_STAGE_FAILED, machine_fault
+from edgecompress.threads import check_every_start
 
 
 class _Commands(TyperGroup):
@@ -100,6 +101,7 @@ def main() -> None:
     # torch's threads spin while they wait for each other. On two cores with anything else running that made training
     # ten times slower; so they spin shortly, then sleep. The user's own setting wins.
     os.environ.setdefault("GOMP_SPINCOUNT", "5000")
+    check_every_start()
     sys.unraisablehook = _end_where_a_thread_cannot_begin
     try:
         app()

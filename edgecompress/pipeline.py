@@ -17,7 +17,7 @@ from typing import Concatenate, Literal, ParamSpec, TypeVar
 
 from edgecompress import console
 from edgecompress.deploy.bundle import Bundle, write_bundle
-from edgecompress.deploy.remote import Host
+from edgecompress.deploy.connection import Host
 from edgecompress.errors import ConfigurationError, RunError
 from edgecompress.exporting.answers import Answers
 from edgecompress.measure.explanation import Depth

@@ -2,11 +2,12 @@
 
 `threading.Thread.start` waits for the new thread to begin, for ever where it had no memory to, an open fault of CPython
 (https://github.com/python/cpython/issues/140746). So the tool starts its threads here, and only where memory for their
-beginning was there a moment before.
+beginning was there a moment before; the command line holds those that libraries start to the same.
 """
 
 from __future__ import annotations
 
+import functools
 import mmap
 import threading
 from collections.abc import Callable
@@ -38,6 +39,18 @@ def thread_pool(workers: int, name: str) -> ThreadPoolExecutor:
     finally:
         all_begun.set()
     return pool
+
+
+def check_every_start() -> None:
+    """From now on every thread of this process, whoever starts it, begins or raises MemoryError."""
+    start = threading.Thread.start
+
+    @functools.wraps(start)
+    def checked(thread: threading.Thread) -> None:
+        _check_memory()
+        start(thread)
+
+    setattr(threading.Thread, "start", checked)  # noqa: B010  # mypy refuses to assign to a method
 
 
 def _check_memory() -> None:

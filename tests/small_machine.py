@@ -29,6 +29,7 @@ from typer.testing import CliRunner
 from crash_points import exact_files, faults_of, forked
 from edgecompress import cli, console
 from edgecompress.machine import architecture
+from edgecompress.threads import check_every_start
 from tiny_run import RECIPE, TARGET
 
 DISK_BYTES = 64 << 20
@@ -57,6 +58,7 @@ class Cases:
             console._settings = console._Settings()
             with answer.open("w") as stream:  # opened before the limit
                 signal.alarm(COMMAND_SECONDS)
+                check_every_start()  # as the command line does
                 limit()
                 result = CliRunner().invoke(cli.app, [str(word) for word in words], catch_exceptions=True)
                 resource.setrlimit(resource.RLIMIT_AS, resource.getrlimit(resource.RLIMIT_AS)[1:] * 2)

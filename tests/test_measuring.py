@@ -19,7 +19,8 @@ from edgecompress.errors import ProfileError
 from edgecompress.machine import usable_cpus
 from edgecompress.measure import measuring
 from edgecompress.measure.answers import Answers
-from edgecompress.measure.measuring import LatencyMeasurement, measure_arena, measure_fresh, measure_latency
+from edgecompress.measure.latencies import LatencyMeasurement
+from edgecompress.measure.measuring import measure_arena, measure_fresh, measure_latency
 from edgecompress.settings.target import Target
 from onnx_models import SIZE, residual_net, save
 

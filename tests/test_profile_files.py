@@ -16,7 +16,7 @@ from edgecompress import machine
 from edgecompress.errors import ModelError
 from edgecompress.measure import explanation, profiling
 from edgecompress.measure.explanation import LATENCY_ALONE
-from edgecompress.measure.measuring import FreshMeasurement, LatencyMeasurement
+from edgecompress.measure.latencies import FreshMeasurement, LatencyMeasurement
 from edgecompress.measure.model_files import name_files, open_files, parse_shapes
 from edgecompress.reporting.profile_text import budget_lines, files_table
 from edgecompress.settings.target import Target

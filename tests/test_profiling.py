@@ -13,7 +13,7 @@ import pytest
 from edgecompress import machine
 from edgecompress.errors import ProfileError
 from edgecompress.measure import profiling
-from edgecompress.measure.measuring import FreshMeasurement, LatencyMeasurement
+from edgecompress.measure.latencies import FreshMeasurement, LatencyMeasurement
 from edgecompress.measure.profiling import profile_models
 from edgecompress.settings.target import Target
 from onnx_models import quantized, residual_net, residual_net_macs

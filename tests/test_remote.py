@@ -25,10 +25,12 @@ import pytest
 from bundle_runs import here, small_run
 from conftest import CommandLine
 from edgecompress import pipeline
+from edgecompress.deploy import connection as connecting
 from edgecompress.deploy import remote
 from edgecompress.deploy.bench_results import measured_elsewhere, read_bench
 from edgecompress.deploy.bundle import fill_folder, write_bundle
-from edgecompress.deploy.remote import Host, RemoteResults, measure_on
+from edgecompress.deploy.connection import Host
+from edgecompress.deploy.remote import RemoteResults, measure_on
 from edgecompress.device import attendant
 from edgecompress.errors import ConfigurationError, EdgeCompressError, ProfileError
 from edgecompress.run_directory import Json, RunDirectory, write_json
@@ -203,10 +205,10 @@ def test_a_silent_connection_ends_at_both_ends(
     (tmp_path / "attendant.py").write_text(impatient)
     monkeypatch.setattr(attendant, "__file__", str(tmp_path / "attendant.py"))
     monkeypatch.setattr(attendant, "HEARTBEAT_SECONDS", 1.0)
-    monkeypatch.setattr(remote, "SILENCE_SECONDS", 8.0)
-    connections: list[remote._Connection] = []
+    monkeypatch.setattr(connecting, "SILENCE_SECONDS", 8.0)
+    connections: list[connecting.Connection] = []
 
-    class Stopping(remote._Connection):
+    class Stopping(connecting.Connection):
         def next(self) -> Json | None:
             connections.append(self)
             message = super().next()
@@ -214,7 +216,7 @@ def test_a_silent_connection_ends_at_both_ends(
                 psutil.Process(self.process.pid).suspend()
             return message
 
-    monkeypatch.setattr(remote, "_Connection", Stopping)
+    monkeypatch.setattr(remote, "Connection", Stopping)
     with pytest.raises(ProfileError, match=r"connection was lost after .*no sign of life for 8 s"):
         measure(device, bundle, tmp_path / "kept", seconds=60)
     assert left_behind(device) == []
@@ -226,7 +228,7 @@ def test_folders_that_nobody_holds_are_swept(device: Host, bundle: tuple[Path, J
     for name in ("session-dead", "session-alive", "other"):
         (base / name).mkdir(parents=True)
         (base / name / "lock").touch()
-    connection = remote._Connection(device)
+    connection = connecting.Connection(device)
     with (base / "session-alive" / "lock").open("wb") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         try:

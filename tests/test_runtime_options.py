@@ -10,7 +10,7 @@ import pytest
 
 from edgecompress.errors import ConfigurationError, ProfileError
 from edgecompress.measure import runtime_options
-from edgecompress.measure.measuring import LatencyMeasurement
+from edgecompress.measure.latencies import LatencyMeasurement
 from edgecompress.measure.runtime_options import (
     CPU,
     CPU_SIDE,

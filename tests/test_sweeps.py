@@ -10,7 +10,7 @@ import pytest
 
 from edgecompress.errors import ConfigurationError
 from edgecompress.measure import sweeps
-from edgecompress.measure.measuring import LatencyMeasurement
+from edgecompress.measure.latencies import LatencyMeasurement
 from edgecompress.measure.sweeps import parse_sweeps, sweep, thread_counts
 from edgecompress.reporting.profile_text import scaling_rows
 

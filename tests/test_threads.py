@@ -41,6 +41,23 @@ print(sorted(Counter(outcome(more) for more in [*range(0, 64 << 20, 1 << 20), *r
 """
 
 
+# What a library does: it starts a thread of its own where memory has run out.
+LIBRARY = """
+import mmap, sys, threading
+from edgecompress import cli
+
+def full(*_):
+    raise OSError(12, "Cannot allocate memory")
+
+def work():
+    mmap.mmap = full
+    threading.Thread(target=print, args=("ran",)).start()
+
+cli.app = work
+cli.main()
+"""
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="a limit of address space is Linux's")
 def test_threads_begin_or_memory_is_said_to_be_missing_but_nobody_waits_for_ever() -> None:
     done = subprocess.run([sys.executable, "-c", UNDER_LIMITS], capture_output=True, text=True, timeout=240)
@@ -77,6 +94,13 @@ def test_a_thread_without_memory_is_not_started(monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(MemoryError):
         start_thread(ran.append, 1)
     assert ran == []
+
+
+def test_on_the_command_line_a_librarys_thread_without_memory_is_not_started_either() -> None:
+    done = subprocess.run([sys.executable, "-c", LIBRARY], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("error: not enough memory; end other programs")
+    assert done.stderr.count("\n") == 1
 
 
 def test_a_thread_does_its_work() -> None:

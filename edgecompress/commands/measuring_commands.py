@@ -85,7 +85,7 @@ def profile(
             raise ConfigurationError("--shape and --output go with ONNX files; a run knows its own")
         thoroughness = thoroughness_of(quick, thorough)
         require_run_and_target(run, target)
-        from edgecompress.deploy.remote import Host
+        from edgecompress.deploy.connection import Host
         from edgecompress.settings.target import load_target
 
         if host is not None and results is not None:

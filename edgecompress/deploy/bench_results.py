@@ -21,7 +21,7 @@ from edgecompress.device.bench import KIND, SCHEMA_VERSION
 from edgecompress.errors import ConfigurationError
 from edgecompress.exporting.preprocessing_graph import PIXEL_FORM, embed_preprocessing, input_form
 from edgecompress.machine import mismatches
-from edgecompress.measure.measuring import FreshMeasurement, LatencyMeasurement
+from edgecompress.measure.latencies import FreshMeasurement, LatencyMeasurement
 from edgecompress.measure.profiling import Elsewhere
 from edgecompress.models.onnx_files import read_onnx
 from edgecompress.run_directory import Json, sha256_of

@@ -34,7 +34,7 @@ PACKAGE = Path(__file__).resolve().parent.parent
 # The package's own modules that infer.py and bench.py import on the device, copied as they are.
 DEVICE_MODULES = (
     *("__init__", "console", "errors", "machine", "data/__init__", "data/preprocessing", "measure/__init__"),
-    *("measure/answers", "measure/measure_worker", "measure/measuring", "measure/statistics"),
+    *("measure/answers", "measure/latencies", "measure/measure_worker", "measure/measuring", "measure/statistics"),
 )
 PYTHON_MIN = "3.9"
 _MODELS = {"baseline": "baseline.onnx", "fp32": "model.onnx", "int8": "model.int8.onnx"}

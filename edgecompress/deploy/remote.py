@@ -1,7 +1,7 @@
 """A device over SSH: a bundle and its scripts go there, what they measured comes back, nothing stays.
 
 What enters: a host as OpenSSH knows it, a bundle's folder. What leaves: the content of bench.json and of the self-test.
-The system's own `ssh` makes the connection, so the user's configuration, keys and jump hosts hold. One connection does
+One connection does
 it all, because the far end (device/attendant.py) lives exactly as long as its connection. Answers of measuring
 processes are kept as they arrive, and an attempt that was cut off goes on with them.
 """
@@ -12,86 +12,26 @@ import contextlib
 import errno
 import hashlib
 import json
-import queue
-import re
 import shlex
-import subprocess
-import threading
-import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
 
 from edgecompress import console
+from edgecompress.deploy.connection import Connection, Host
 from edgecompress.device import attendant
 from edgecompress.errors import ConfigurationError, ProfileError
 from edgecompress.machine import mismatches
 from edgecompress.measure.measuring import STANDARD
 from edgecompress.run_directory import Json
 from edgecompress.settings.target import Target
-from edgecompress.threads import start_thread
 
 PYTHON_MIN = "3.9"
-CONNECT_SECONDS = 15
-# Without a word for so long the connection counts as lost, though it may still be open: the far end speaks every 3 s.
-SILENCE_SECONDS = 45.0
-_STDERR_LINES = 6
 _BLOCK_BYTES = 1 << 18
 _DESCRIBE = (
     "import json, sys; sys.path.insert(0, 'bundle'); from edgecompress.machine import describe_machine; "
     "print(json.dumps(describe_machine()))"
 )
-_OPTIONS = {
-    "BatchMode": "yes",  # no question that nobody can answer
-    "ConnectTimeout": str(CONNECT_SECONDS),
-    "ServerAliveInterval": "5",
-    "ServerAliveCountMax": "3",
-    "ClearAllForwardings": "yes",
-}
-
-
-@dataclass(frozen=True)
-class Host:
-    """How a device is reached. `ssh` is the command that connects, as in `rsync -e`; `python` its interpreter."""
-
-    name: str
-    python: str = "python3"
-    work_folder: str = ".edgecompress"
-    ssh: str = "ssh"
-
-    def __post_init__(self) -> None:
-        # A name that begins with a dash would be taken for an option, and an option of ssh may name a command to run.
-        for value, what in ((self.name, "--host"), (self.python, "the device's Python"), (self.work_folder, "folder")):
-            if not value or value.startswith("-") or not value.isprintable() or any(c.isspace() for c in value):
-                raise ConfigurationError(f"{what} '{value}': must be one word that does not begin with a dash")
-        # ssh puts the name into commands of its configuration (ProxyCommand %h), which a shell reads.
-        if not re.fullmatch(r"(ssh://)?[\w.@:%+=,\[\]/-]+", self.name):
-            raise ConfigurationError(f"--host '{self.name}': holds characters that no host name has; give user@device")
-        if any(part.startswith("-") for part in self.name.removeprefix("ssh://").split("@")):
-            raise ConfigurationError(f"--host '{self.name}': neither user nor host may begin with a dash")
-        try:
-            words = shlex.split(self.ssh)
-        except ValueError as error:
-            raise ConfigurationError(f"--ssh '{self.ssh}': {error}") from error
-        if not words:
-            raise ConfigurationError("--ssh: give the command that connects, such as 'ssh -p 2222'")
-
-    @classmethod
-    def of(cls, target: Target, name: str | None, *, python: str | None, ssh: str) -> Host | None:
-        """The host that the command line names, or the target's own; None where neither names one."""
-        name = name if name is not None else target.device.host
-        if name is None:
-            return None
-        return cls(name, python=python or target.device.python, work_folder=target.device.work_folder, ssh=ssh)
-
-    def command(self) -> list[str]:
-        """The command line that starts the attendant's Python on the device."""
-        options = [word for key, value in _OPTIONS.items() for word in ("-o", f"{key}={value}")]
-        # The attendant's source comes on stdin, so that the device's shell, whatever it is, has only this to read.
-        loader = "import sys; exec(sys.stdin.buffer.read(int(sys.stdin.buffer.readline())))"
-        there = f"exec {shlex.quote(self.python)} -B -u -c {shlex.quote(loader)}"
-        return [*shlex.split(self.ssh), "-T", *options, "--", self.name, there]
 
 
 @dataclass(frozen=True)
@@ -101,90 +41,6 @@ class RemoteResults:
     bench: Json
     self_test: list[Json]
     reused: int
-
-
-class _Connection:
-    """A running ssh with its streams read in threads, so that neither side can block the other."""
-
-    def __init__(self, host: Host) -> None:
-        self.host = host
-        try:
-            self.process = subprocess.Popen(
-                host.command(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-            )
-        except OSError as error:
-            raise ProfileError(f"--host {host.name}: {host.ssh} cannot be started: {error}; install OpenSSH") from error
-        self.messages: queue.Queue[Json | None] = queue.Queue()
-        self.errors: list[str] = []
-        self._sending = threading.Lock()
-        self._threads = [start_thread(work) for work in (self._read, self._read_errors, self._beat)]
-
-    def _stream(self, stream: IO[bytes] | None) -> Iterator[str]:
-        assert stream is not None
-        for line in stream:
-            yield line.decode("utf-8", "replace").rstrip("\n")
-
-    def _read(self) -> None:
-        for line in self._stream(self.process.stdout):
-            if line.startswith(attendant.MARK):  # anything else is a greeting of the device's shell
-                with contextlib.suppress(ValueError):
-                    self.messages.put(json.loads(line[len(attendant.MARK) :]))
-        self.messages.put(None)
-
-    def _read_errors(self) -> None:
-        for line in self._stream(self.process.stderr):
-            self.errors = [*self.errors, line][-_STDERR_LINES:]
-
-    def _beat(self) -> None:
-        """Heartbeats once the files are sent; the lock keeps them out of the files."""
-        while self.process.poll() is None:
-            time.sleep(attendant.HEARTBEAT_SECONDS)
-            if self.heartbeat:
-                with contextlib.suppress(OSError, ValueError):
-                    self.send(b"\n")
-
-    heartbeat = False
-
-    def send(self, data: bytes) -> None:
-        with self._sending:
-            assert self.process.stdin is not None
-            self.process.stdin.write(data)
-            self.process.stdin.flush()
-
-    def next(self) -> Json | None:
-        """The next message that is more than a sign of life; None when the connection is over."""
-        while True:
-            try:
-                message = self.messages.get(timeout=SILENCE_SECONDS)
-            except queue.Empty:
-                self.errors.append(f"no sign of life for {SILENCE_SECONDS:.0f} s")
-                return None
-            if message is None or "alive" not in message:
-                return message
-
-    def close(self) -> None:
-        """End ssh, whatever it is doing; the far end sees its input end and cleans up."""
-        with contextlib.suppress(OSError, ValueError):
-            if self.process.stdin is not None:
-                self.process.stdin.close()
-        try:
-            self.process.wait(timeout=5)
-        except subprocess.TimeoutExpired:
-            self.process.terminate()
-            try:
-                self.process.wait(timeout=5)
-            except subprocess.TimeoutExpired:
-                self.process.kill()
-                self.process.wait()
-        for thread in self._threads[:2]:
-            thread.join(timeout=5)
-        for stream in (self.process.stdout, self.process.stderr):
-            if stream is not None:
-                stream.close()
-
-    def words(self) -> str:
-        """The end of what ssh said."""
-        return "; ".join(line.strip() for line in self.errors if line.strip()) or "ssh said nothing"
 
 
 def measure_on(
@@ -203,7 +59,7 @@ def measure_on(
     ConfigurationError when it is not the target.
     """
     console.note(f"connecting to {host.name}")
-    connection = _Connection(host)
+    connection = Connection(host)
     try:
         hello = _greet(connection, host)
         _require_fit(hello, host, manifest)
@@ -239,7 +95,7 @@ def _require_rows(rows: object) -> None:
         raise ValueError("the self-test's rows")
 
 
-def _greet(connection: _Connection, host: Host) -> Json:
+def _greet(connection: Connection, host: Host) -> Json:
     source = Path(attendant.__file__).read_bytes()
     hello = None
     with contextlib.suppress(OSError):
@@ -321,7 +177,7 @@ class _Kept:
 
 
 def _measure(
-    connection: _Connection, host: Host, bundle: Path, target: Target, how: list[str], answers: _Kept
+    connection: Connection, host: Host, bundle: Path, target: Target, how: list[str], answers: _Kept
 ) -> RemoteResults:
     if answers.earlier:
         console.note(f"going on with {answers.earlier} answers of an earlier attempt")
@@ -390,7 +246,7 @@ def _require_target(machine: Json, host: Host, target: Target) -> None:
         raise ConfigurationError(f"{'; '.join(reasons)}; name the target that describes {host.name}")
 
 
-def _upload(connection: _Connection, files: Mapping[str, bytes], scripts: list[Json]) -> None:
+def _upload(connection: Connection, files: Mapping[str, bytes], scripts: list[Json]) -> None:
     listed = [{"path": path, "size_bytes": len(content)} for path, content in files.items()]
     connection.send(json.dumps({"files": listed, "scripts": scripts}).encode() + b"\n")
     total = sum(len(content) for content in files.values())
@@ -412,7 +268,7 @@ def _failure(host: Host, failed: Json) -> ProfileError:
     return ProfileError(f"{host.name}: {failed['text']}; mend it and repeat the same command")
 
 
-def _lost(connection: _Connection, host: Host, answers: _Kept, when: str) -> ProfileError:
+def _lost(connection: Connection, host: Host, answers: _Kept, when: str) -> ProfileError:
     connection.close()
     kept = (
         f"what was measured is kept in {answers.path}" if answers.earlier + answers.new else "nothing was measured yet"

@@ -41,14 +41,8 @@ from edgecompress import console
 from edgecompress.errors import EdgeCompressError
 from edgecompress.machine import describe_machine, summarize_machine
 from edgecompress.measure.answers import Answers
-from edgecompress.measure.measuring import (
-    STANDARD,
-    THOROUGHNESS,
-    FreshMeasurement,
-    LatencyMeasurement,
-    measure_fresh,
-    measure_latency,
-)
+from edgecompress.measure.latencies import FreshMeasurement, LatencyMeasurement
+from edgecompress.measure.measuring import STANDARD, THOROUGHNESS, measure_fresh, measure_latency
 
 Json = dict[str, Any]
 KIND = "edgecompress bench"

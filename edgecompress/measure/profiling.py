@@ -29,15 +29,8 @@ from edgecompress.machine import (
 )
 from edgecompress.measure.explanation import LATENCY_ALONE, Depth, Explained, explain
 from edgecompress.measure.integer_graph import inspect_integer_graph
-from edgecompress.measure.measuring import (
-    STANDARD,
-    THOROUGHNESS,
-    WINDOW_MS,
-    FreshMeasurement,
-    LatencyMeasurement,
-    measure_fresh,
-    measure_latency,
-)
+from edgecompress.measure.latencies import FreshMeasurement, LatencyMeasurement
+from edgecompress.measure.measuring import STANDARD, THOROUGHNESS, WINDOW_MS, measure_fresh, measure_latency
 from edgecompress.measure.statistics import Interval, drift_over
 from edgecompress.models.complexity import compressed_size_bytes
 from edgecompress.settings.target import Target

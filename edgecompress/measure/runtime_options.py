@@ -14,7 +14,8 @@ from typing import Any
 import onnxruntime as ort
 
 from edgecompress.errors import ConfigurationError, ProfileError
-from edgecompress.measure.measuring import LatencyMeasurement, measure_latency
+from edgecompress.measure.latencies import LatencyMeasurement
+from edgecompress.measure.measuring import measure_latency
 from edgecompress.measure.sweeps import thread_counts
 
 CPU = "CPUExecutionProvider"

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from edgecompress.errors import ConfigurationError
-from edgecompress.measure.measuring import LatencyMeasurement, measure_latency
+from edgecompress.measure.latencies import LatencyMeasurement
+from edgecompress.measure.measuring import measure_latency
 
 KINDS = ("threads", "batch", "options")
 BATCHES = (1, 2, 4, 8)

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from edgecompress.deploy.bench_results import measured_elsewhere, read_bench
 from edgecompress.deploy.bundle import fill_folder
-from edgecompress.deploy.remote import Host, measure_on
+from edgecompress.deploy.connection import Host
+from edgecompress.deploy.remote import measure_on
 from edgecompress.errors import RunError
 from edgecompress.exporting.preprocessing_graph import InputForm, input_form
 from edgecompress.exporting.samples import latency_note, measuring_input
