@@ -1,20 +1,24 @@
 """Threads that begin, or an error at once.
 
 `threading.Thread.start` waits for the new thread to begin, for ever where it had no memory to, an open fault of CPython
-(https://github.com/python/cpython/issues/140746). So the tool starts its threads here, and only where memory for their
-beginning was there a moment before; the command line holds those that libraries start to the same.
+(https://github.com/python/cpython/issues/140746). So a thread is started only where memory for its beginning was there
+a moment before. What runs on a device (edgecompress/device) has only the standard library, and does without.
 """
 
 from __future__ import annotations
 
-import functools
 import mmap
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
-# Address space that a thread takes before it has done anything: its stack, 8 MB on Linux, and what Python makes for it.
-_BEGINNING_BYTES = 24 << 20
+try:
+    import resource
+except ImportError:  # not on Windows
+    resource = None  # type: ignore[assignment]
+
+_USUAL_STACK_BYTES = 8 << 20
+_BEGINNING_BYTES = 16 << 20  # beside the stack: what Python makes for a thread, and the allocator's first pieces
 
 
 def start_thread(work: Callable[..., object], *arguments: object) -> threading.Thread:
@@ -42,10 +46,11 @@ def thread_pool(workers: int, name: str) -> ThreadPoolExecutor:
 
 
 def check_every_start() -> None:
-    """From now on every thread of this process, whoever starts it, begins or raises MemoryError."""
+    """From now on every `threading.Thread` of this process, a library's too, is checked so before it is started."""
     start = threading.Thread.start
+    if start.__module__ == __name__:
+        return
 
-    @functools.wraps(start)
     def checked(thread: threading.Thread) -> None:
         _check_memory()
         start(thread)
@@ -55,6 +60,13 @@ def check_every_start() -> None:
 
 def _check_memory() -> None:
     try:
-        mmap.mmap(-1, _BEGINNING_BYTES).close()
+        mmap.mmap(-1, _stack_bytes() + _BEGINNING_BYTES).close()
     except OSError as error:
         raise MemoryError from error
+
+
+def _stack_bytes() -> int:
+    """Address space of a new thread's stack: Python's own setting, else the limit of the main thread's, as on Linux."""
+    limit = resource.getrlimit(resource.RLIMIT_STACK)[0] if resource is not None else -1
+    usual = limit if 0 < limit < 1 << 40 else _USUAL_STACK_BYTES
+    return threading.stack_size() or usual

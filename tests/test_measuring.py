@@ -107,7 +107,7 @@ def test_three_models_take_turns_and_every_pair_must_be_narrow(tmp_path: Path, m
     widths = {pair: measured.ratio(*pair).relative_half_width for pair in itertools.combinations("abc", 2)}
     assert widths["b", "c"] > 1.9 * widths["a", "b"]
     assert max(widths.values()) < measuring.NARROW_ENOUGH
-    before = measuring.LatencyMeasurement(
+    before = LatencyMeasurement(
         {name: processes[:-1] for name, processes in measured.windows_ms.items()}, [], 0, 0.0, ""
     )
     assert before.ratio("a", "b").relative_half_width < measuring.NARROW_ENOUGH  # one pair alone would have stopped it

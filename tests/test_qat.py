@@ -10,6 +10,7 @@ from torch import Tensor
 
 from edgecompress import pipeline
 from edgecompress.errors import ConfigurationError
+from edgecompress.int8 import weight_ranges
 from edgecompress.int8.post_training import quantize
 from edgecompress.int8.qat import TrainableInt8, _RoundToStep
 from edgecompress.int8.quantized_model import QuantizedModel
@@ -52,7 +53,8 @@ def test_training_begins_where_post_training_ended_and_the_way_back_changes_noth
         torch.testing.assert_close(trainable.quantized("x").graph(batch), logits, atol=1e-4, rtol=0)
 
 
-def test_training_comes_nearer_to_float_and_the_integers_say_so_too() -> None:
+def test_training_comes_nearer_to_float_and_the_integers_say_so_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(weight_ranges, "_MOST_WEIGHTS", 0)  # the largest weights' steps, so that there is much to learn
     batch = images(64)
     model = _int8(batch, Scheme("uint8", 7))
     with torch.no_grad():
@@ -67,7 +69,7 @@ def test_training_comes_nearer_to_float_and_the_integers_say_so_too() -> None:
     trained = trainable.quantized("trained")
     with torch.no_grad():
         after = float(((trained.graph(batch) - wanted) ** 2).mean())
-    assert after < 0.85 * before
+    assert after < 0.7 * before
     assert trained.correction == "trained"
     for name, tensor in trained.graph.state_dict().items():
         if tensor.dtype == torch.int8:

@@ -12,6 +12,7 @@ from torch.fx import GraphModule, Interpreter, Node
 
 import edgecompress.int8.post_training
 import edgecompress.int8.scheme
+from edgecompress.int8 import weight_ranges
 from edgecompress.int8.capture import capture
 from edgecompress.int8.compensation import compensate
 from edgecompress.int8.quantized_model import simulate
@@ -264,7 +265,8 @@ def test_what_was_tuned_is_what_is_kept(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 @pytest.mark.parametrize("bits", [7, 8])
-def test_balanced_is_closer_to_float_than_fast(bits: int) -> None:
+def test_balanced_is_closer_to_float_than_fast(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(weight_ranges, "_MOST_WEIGHTS", 0)  # rounding alone, at the largest weights' steps
     module, inputs = seeded(Residual()), images(256, seed=9)
     noise = {}
     with torch.no_grad():
@@ -272,7 +274,7 @@ def test_balanced_is_closer_to_float_than_fast(bits: int) -> None:
         for effort in ("fast", "balanced"):
             model = quantized(module, scheme=Scheme("uint8", bits), samples=images(128), effort=effort)
             noise[effort] = float(((wanted - model.simulation()(inputs)) ** 2).sum())
-    assert noise["balanced"] < 0.9 * noise["fast"]
+    assert noise["balanced"] < 0.8 * noise["fast"]
 
 
 @pytest.mark.parametrize(("budget", "met"), [(1, 16), (2**28, 48)])

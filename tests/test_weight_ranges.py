@@ -72,7 +72,9 @@ def test_an_int8_model_has_them_and_its_bias_has_the_accumulators_scale() -> Non
     source, weight, bias = layer.args[:3]
     steps = constants[weight.args[1].target]
     float_weight = next(parameter for parameter in net.parameters() if parameter.dim() == 4)
-    assert not torch.equal(steps, steps_of(float_weight.detach(), 127))
+    largest = steps_of(float_weight.detach(), 127)
+    assert not torch.equal(steps, largest)
+    torch.testing.assert_close(steps, least_error_steps(float_weight.detach(), largest, -127, 127), rtol=0.0, atol=0.0)
     torch.testing.assert_close(
         constants[bias.args[1].target], (steps * float(source.args[1])).to(torch.float32), rtol=1e-6, atol=0.0
     )

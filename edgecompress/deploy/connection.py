@@ -94,7 +94,12 @@ class Connection:
         self.messages: queue.Queue[Json | None] = queue.Queue()
         self.errors: list[str] = []
         self._sending = threading.Lock()
-        self._threads = [start_thread(work) for work in (self._read, self._read_errors, self._beat)]
+        try:
+            self._threads = [start_thread(work) for work in (self._read, self._read_errors, self._beat)]
+        except BaseException:
+            self.process.kill()
+            self.process.wait()
+            raise
 
     def _stream(self, stream: IO[bytes] | None) -> Iterator[str]:
         assert stream is not None

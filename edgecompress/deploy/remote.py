@@ -1,9 +1,8 @@
 """A device over SSH: a bundle and its scripts go there, what they measured comes back, nothing stays.
 
 What enters: a host as OpenSSH knows it, a bundle's folder. What leaves: the content of bench.json and of the self-test.
-One connection does
-it all, because the far end (device/attendant.py) lives exactly as long as its connection. Answers of measuring
-processes are kept as they arrive, and an attempt that was cut off goes on with them.
+One connection does it all, because the far end (device/attendant.py) lives exactly as long as its connection. Answers
+of measuring processes are kept as they arrive, and an attempt that was cut off goes on with them.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 What enters: a layer's float weights. What leaves: for each output channel the step with the least squared rounding
 error, of those around the one that its largest weight asks for (Nagel et al., 2021, "A White Paper on Neural Network
-Quantization", section 3.1, on weights). At eight bits nothing is gained by a smaller step, which cuts weights off; but
-a channel of few weights, as in a depthwise layer, often lies closer to a slightly wider grid.
+Quantization", section 3.1, on weights). At eight bits a smaller step, which cuts weights off, seldom gains anything;
+but a channel of few weights, as in a depthwise layer, often lies closer to a slightly wider grid.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 from torchao.quantization.pt2e.observer import PerChannelMinMaxObserver
 
-# Shares of the step that the largest weight asks for; seven-bit weights have the same.
+# Of the step that the largest weight asks for.
 _SHARES = tuple(0.8 + 0.005 * index for index in range(91))
-# With more weights in a channel every step is about as good (benchmarks/weight_ranges.py), and trying them takes long.
+# In channels of more weights the error of the weights says too little about that of the output: the logits get worse
+# (benchmarks/weight_ranges.py).
 _MOST_WEIGHTS = 64
 
 
@@ -31,6 +32,8 @@ class WeightRangeObserver(PerChannelMinMaxObserver):  # type: ignore[misc]  # to
     def calculate_qparams(self) -> tuple[Tensor, Tensor]:
         """Steps float32 [out] and zero points int [out], all zero."""
         steps, zero_points = super().calculate_qparams()
+        if self.min_val.numel() == 0:  # it saw no weights
+            return steps, zero_points
         return least_error_steps(self._weights, steps, self.quant_min, self.quant_max), zero_points
 
 
