@@ -123,7 +123,7 @@ def test_one_spike_in_the_calibration_images_is_a_range_outlier_that_another_met
     assert cause.numbers["range"][1] == pytest.approx(80.0, rel=0.02)
     assert cause.numbers["seen"][1] < 10
     assert "calibration met rare values" in cause.words
-    assert cause.setting == "calibration.method: percentile, calibration.percentile: 99.9"
+    assert cause.setting == "calibration.method: percentile, calibration.percentile: 99.9"  # 99.99 leaves 3 dB less
     before = full_db(plain(), samples=samples)
     after = full_db(plain(), samples=samples, method="percentile", percentile=99.9)
     assert after > before + 6

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.fx import GraphModule
 
-from edgecompress.int8 import finetuning
+from edgecompress.int8 import finetuning, weight_ranges
 from edgecompress.int8.finetuning import finetune
 from edgecompress.int8.quantized_model import QuantizedModel
 from edgecompress.int8.scheme import Scheme
@@ -29,7 +29,8 @@ def reference_of(model: QuantizedModel) -> GraphModule:
     return model.reference
 
 
-def test_tuning_helps_on_unseen_images_and_says_by_how_much() -> None:
+def test_tuning_helps_on_unseen_images_and_says_by_how_much(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(weight_ranges, "_MOST_WEIGHTS", 0)  # the largest weights' steps, so that there is much to tune
     model = quantized(seeded(Residual()), scheme=COARSE, samples=images(64))
     tuned = finetune(model, reference_of(model), images(128, seed=1), images(32, seed=2))
     assert tuned.is_kept

@@ -153,8 +153,11 @@ class _Doctor:
         """A range that is too wide or too narrow; where no other range helps, channels or outliers apart from it."""
         choices = {method: grid.range_by(method) for method in METHODS} | {_SAMPLES: grid.range_seen_by(self._seen)}
         noises = {name: self._noise(alone, grid.with_range(ends)) for name, ends in choices.items()}
+        # A method is set for all layers: of those that serve this one about as well, the best for all of int8.
+        least = min(noises[method] for method in METHODS)
+        alike = [method for method in METHODS if _gain(noises[method], least) < _HELPS_DB]
+        best = max(alike, key=lambda method: self.methods[method])
         # A setting of the method before more images, which cost the user more.
-        best = min(METHODS, key=lambda method: noises[method])
         name = _SAMPLES if _gain(noises[best], noises[_SAMPLES]) >= _HELPS_DB else best
         gain = _gain(now, noises[name])
         if gain >= _HELPS_DB:
