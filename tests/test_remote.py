@@ -114,11 +114,12 @@ def left_behind(device: Host, *, seconds: float = 15.0) -> list[str]:
     deadline = time.monotonic() + seconds
     while True:
         found = [str(path) for path in Path(device.work_folder).glob("*")]
-        for process in psutil.process_iter(["pid", "cmdline", "cwd"]):
-            words = " ".join(process.info["cmdline"] or [])
-            inside = str(process.info["cwd"] or "").startswith(device.work_folder)
-            if process.pid != os.getpid() and (inside or "sys.stdin.buffer.readline()" in words):
-                found.append(f"{process.pid} {words}")
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error, OSError):  # it ended meanwhile
+                words = " ".join(process.cmdline())
+                inside = process.cwd().startswith(device.work_folder)
+                if process.pid != os.getpid() and (inside or "sys.stdin.buffer.readline()" in words):
+                    found.append(f"{process.pid} {words}")
         if not found or time.monotonic() > deadline:
             return found
         time.sleep(0.2)
