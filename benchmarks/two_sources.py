@@ -37,6 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser, *, samples: int) -> None:
     parser.add_argument("--other-data", type=Path, required=True, help="image folders of another source")
     parser.add_argument("--samples", type=int, default=samples, help="calibration images")
     parser.add_argument("--images", type=int, default=500, help="of each source, to judge by")
+    parser.add_argument("--target", default="x86", help="decides the int8 scheme; x86-avx2: 7-bit weights")
 
 
 class TwoSources:
@@ -52,6 +53,7 @@ class TwoSources:
         self.example = example_input(created.architecture)
         self._train = data.splits["train"].prepare(self.preprocessing, cache=False)
         self._samples = arguments.samples
+        self._target = load_target(arguments.target)
         self._sources = [
             _drawn(found.splits[found.report_split].prepare(self.preprocessing, cache=False), arguments.images)
             for found in (data, other_data)
@@ -64,9 +66,9 @@ class TwoSources:
         return self.preprocessing.normalize(_pixels(self._train, np.asarray(chosen)))
 
     def int8(self, module: nn.Module, effort: str, calibration: Tensor) -> GraphModule:
-        """`module` in full int8 as target x86 has it."""
+        """`module` in full int8 as the target has it."""
         stage = QuantizeStage.model_validate({"kind": "quantize", "id": "int8", "effort": effort, "placement": "full"})
-        scheme, _ = resolve_scheme(stage, load_target("x86"))
+        scheme, _ = resolve_scheme(stage, self._target)
         return quantize(
             module,
             stage=stage,
