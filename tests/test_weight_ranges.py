@@ -15,6 +15,12 @@ def steps_of(weights: torch.Tensor, limit: int) -> torch.Tensor:
     return weights.flatten(1).abs().amax(1) / limit
 
 
+def output_error(row: np.ndarray, step: float, limit: int) -> float:
+    """Squared error of the output for inputs whose mean is as large as their deviation, one independent of another."""
+    error = row - np.clip(np.round(row / step), -limit, limit) * step
+    return float((error**2).sum() + error.sum() ** 2)
+
+
 @pytest.mark.parametrize("limit", LIMITS)
 def test_steps_are_those_that_trying_each_finds(limit: int) -> None:
     weights = torch.randn(24, 1, 3, 3, generator=torch.Generator().manual_seed(1))
@@ -22,16 +28,27 @@ def test_steps_are_those_that_trying_each_finds(limit: int) -> None:
     found = least_error_steps(weights, steps, -limit, limit).numpy()
     improved = 0
     for row, step, got in zip(weights.flatten(1).double().numpy(), steps.numpy(), found, strict=True):
-        shares = np.append(1.0, 0.8 + 0.005 * np.arange(91))
-        errors = [
-            ((row - np.clip(np.round(row / (step * share)), -limit, limit) * step * share) ** 2).sum()
-            for share in shares
-        ]
+        errors = [output_error(row, step * share, limit) for share in np.append(1.0, 0.8 + 0.005 * np.arange(91))]
         best = min(errors)
-        error = ((row - np.clip(np.round(row / got), -limit, limit) * got) ** 2).sum()
-        assert error == pytest.approx(best, rel=1e-3)
+        assert output_error(row, got, limit) == pytest.approx(best, rel=1e-3)
         improved += bool(best < errors[0])
     assert improved > 16  # of 24 channels with nine weights each
+
+
+@pytest.mark.parametrize("limit", LIMITS)
+def test_the_output_of_depthwise_channels_changes_less(limit: int) -> None:
+    """On inputs that are alike and of one sign, as behind a ReLU."""
+    generator = torch.Generator().manual_seed(5)
+    weights = torch.randn(256, 9, generator=generator)
+    common = torch.randn(1, 4000, generator=generator)
+    inputs = (common + 0.5 * torch.randn(9, 4000, generator=generator)).relu()
+    largest = steps_of(weights, limit)
+
+    def noise(steps: torch.Tensor) -> float:
+        rounded = torch.round(weights / steps[:, None]).clamp(-limit, limit) * steps[:, None]
+        return float((((weights - rounded) @ inputs) ** 2).mean())
+
+    assert noise(least_error_steps(weights, largest, -limit, limit)) < 0.25 * noise(largest)
 
 
 def test_weights_that_lie_on_a_grid_keep_it_and_a_channel_of_zeros_keeps_its_step() -> None:
