@@ -1,12 +1,12 @@
-"""The step of each output channel's weights: the largest weight's, against the least squared error's.
+"""The step of each output channel's weights: the largest weight's, against the one whose rounding does least harm.
 
     python benchmarks/weight_ranges.py --model timm/tf_efficientnet_lite0 --checkpoint weights.safetensors \
         --data imagenette --class-index class_index.json --other-data birds
 
-Arms: the step that the largest weight asks for; the step of least squared rounding error in channels of few weights, as
-the tool takes it; the same in every channel; and the same among smaller steps only, which cut weights off. Each with
-`effort: fast` and `balanced`, and with --seeds choices of calibration images; the mean and the range of the agreement
-with the float model and of the SQNR of its logits, on the images' own source and on the other.
+Arms: the step that the largest weight asks for; in channels of few weights the step of least squared rounding error;
+the same with the sum of the errors beside their squares, as the tool has it; and that in every channel. For each effort
+of --efforts and with --seeds choices of calibration images: the mean and the range of the agreement with the float
+model and of the SQNR of its logits, on the images' own source and on the other. --target x86-avx2 has 7-bit weights.
 """
 
 from __future__ import annotations
@@ -25,20 +25,22 @@ from two_sources import TwoSources, add_arguments
 from edgecompress.int8 import weight_ranges
 from edgecompress.machine import describe_machine, summarize_machine
 
-_ALL = weight_ranges._SHARES
-# (channels of at most so many weights, shares of the largest weight's step)
-ARMS: dict[str, tuple[float, tuple[float, ...]]] = {
-    "the largest weight's": (0, ()),
-    "least error, few weights": (weight_ranges._MOST_WEIGHTS, _ALL),
-    "least error, all channels": (math.inf, _ALL),
-    "least error, smaller steps": (math.inf, tuple(share for share in _ALL if share <= 1.0)),
+# (channels of at most so many weights, what the sum of the errors counts beside their squares)
+ARMS: dict[str, tuple[float, float]] = {
+    "the largest weight's": (0, 0.0),
+    "least squares, few weights": (weight_ranges._MOST_WEIGHTS, 0.0),
+    "least harm, few weights": (weight_ranges._MOST_WEIGHTS, weight_ranges._SUM_WEIGHT),
+    "least harm, all channels": (math.inf, weight_ranges._SUM_WEIGHT),
 }
 
 
 @contextmanager
-def chosen_among(most_weights: float, shares: tuple[float, ...]) -> Iterator[None]:
+def chosen_by(most_weights: float, sum_weight: float) -> Iterator[None]:
     """Steps are chosen as an arm says within the block."""
-    with patch.object(weight_ranges, "_MOST_WEIGHTS", most_weights), patch.object(weight_ranges, "_SHARES", shares):
+    with (
+        patch.object(weight_ranges, "_MOST_WEIGHTS", most_weights),
+        patch.object(weight_ranges, "_SUM_WEIGHT", sum_weight),
+    ):
         yield
 
 
@@ -53,17 +55,19 @@ def main() -> None:
     add_arguments(parser, samples=128)
     parser.add_argument("--seeds", type=int, default=3, help="choices of calibration images")
     parser.add_argument("--efforts", nargs="*", default=["fast", "balanced"])
+    parser.add_argument("--arms", nargs="*", choices=ARMS, default=[*ARMS])
     arguments = parser.parse_args()
     bench = TwoSources(arguments)
-    table = Table(title=f"{arguments.model}: {arguments.samples} calibration images, {arguments.seeds} choices of them")
+    drawn = f"{arguments.seeds} choices of {arguments.samples} calibration images"
+    table = Table(title=f"{arguments.model}, target {arguments.target}: {drawn}")
     for column in ("effort", "weight steps", "own source", "", "other source", ""):
         table.add_column(column)
     for effort in arguments.efforts:
-        for name, arm in ARMS.items():
+        for name in arguments.arms:
             agreements: list[list[float]] = [[], []]
             decibels: list[list[float]] = [[], []]
             for seed in range(arguments.seeds):
-                with chosen_among(*arm):
+                with chosen_by(*ARMS[name]):
                     int8 = bench.int8(bench.module, effort, bench.calibration(seed))
                 for index, (agreement, noise) in enumerate(bench.compare(int8)):
                     agreements[index].append(agreement)
