@@ -69,13 +69,13 @@ def main() -> None:
             for seed in range(arguments.seeds):
                 with chosen_by(*ARMS[name]):
                     int8 = bench.int8(bench.module, effort, bench.calibration(seed))
-                for index, (agreement, noise) in enumerate(bench.compare(int8)):
+                for index, (agreement, sqnr_db) in enumerate(bench.compare(int8)):
                     agreements[index].append(agreement)
-                    decibels[index].append(noise)
+                    decibels[index].append(sqnr_db)
             cells = [
                 cell
-                for found, noise in zip(agreements, decibels, strict=True)
-                for cell in (summary(found, "%", 100.0), summary(noise, "dB"))
+                for of_source in zip(agreements, decibels, strict=True)
+                for cell in (summary(of_source[0], "%", 100.0), summary(of_source[1], "dB"))
             ]
             table.add_row(effort, name, *cells)
     console = Console(width=170)
