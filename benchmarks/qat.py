@@ -110,7 +110,7 @@ def main() -> None:
         entry = next(entry for entry in of["stages"] if entry["id"] == INT8)
         gained, low, high = points(dense, right)
         row = {"seed": seed, "accuracy": float(right.double().mean()), "points": gained, "ci95": [low, high]}
-        found.setdefault(arm, []).append(row | {"kept_trained": entry.get("kept_trained")})
+        found.setdefault(arm, []).append(row | {"kept_trained": entry.get("qat", {}).get("kept_trained")})
         console.print(f"{arm}, seed {seed}: {gained:+.2f} points [{low:+.2f}, {high:+.2f}]; {entry['summary']}")
 
     note(PLAIN, arguments.dense_seed, folder, manifest)

@@ -359,6 +359,7 @@ def test_a_busy_cpu_does_not_turn_the_ratio(tmp_path: Path) -> None:
     models = {"large": residual_net(tmp_path / "a.onnx", 64, 256), "small": residual_net(tmp_path / "b.onnx", 32, 256)}
     how: dict[str, Any] = {"threads": 1, "providers": CPU, "input_npy": None, "session": {"cpu_affinity": [cpu]}}
     spin = f"import os\nos.sched_setaffinity(0, [{cpu}])\nwhile True: pass"
+    alone = measure_latency(models, seconds=0.5, **how)
     hog = subprocess.Popen([sys.executable, "-c", spin])
     try:
         crowded = measure_latency(models, seconds=0.5, **how)
@@ -371,8 +372,8 @@ def test_a_busy_cpu_does_not_turn_the_ratio(tmp_path: Path) -> None:
     for name in models:
         waiting = np.concatenate(crowded.window_medians_ms[name])
         assert np.mean(waiting) > np.mean(np.concatenate(crowded.on_cpu_ms[name]))
-    # Alone 2.0, as the channels say; caches that are shared with the other process cost the larger net more.
-    assert 1.3 < crowded.ratio("large", "small").ratio < 3.5
+    # Caches that are shared with the other process cost each net another share of its time.
+    assert 0.5 < crowded.ratio("large", "small").ratio / alone.ratio("large", "small").ratio < 2
     again = LatencyMeasurement.from_dict(json.loads(json.dumps(crowded.to_dict())))
     assert again.ratio("large", "small") == crowded.ratio("large", "small")
 

@@ -16,12 +16,12 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
-from torch.nn import functional
 
 from edgecompress import console
 from edgecompress.data.preprocessing import Preprocessing
 from edgecompress.data.run_data import ImageData, PreparedSplit
 from edgecompress.errors import RunError
+from edgecompress.exporting.significance import SIGNIFICANT, mcnemar, p_of_drop
 from edgecompress.int8.qat import TrainableInt8
 from edgecompress.int8.quantized_model import QuantizedModel
 from edgecompress.models.checkpoint import Checkpoint, example_input, save_weights
@@ -31,7 +31,7 @@ from edgecompress.settings.target import Target
 from edgecompress.settings.teacher_settings import TeacherSettings
 from edgecompress.settings.training_settings import TrainingSettings
 from edgecompress.training.distill import TrainingLoss, label_loss
-from edgecompress.training.evaluate import accuracy, collect_logits
+from edgecompress.training.evaluate import collect_logits
 from edgecompress.training.teaching import describe_teaching, open_teachers, teaching_loss
 from edgecompress.training.training_loop import EpochRecord, FitResult, fit
 from edgecompress.training.training_state import Progress
@@ -116,7 +116,7 @@ class StageOutcome:
 
 @dataclass(frozen=True)
 class QatOutcome:
-    """The better of the trained and the post-training int8 model, whether it is the trained one, and why, in words."""
+    """The trained int8 model where training helped, else the post-training one; and why, in words and in numbers."""
 
     model: QuantizedModel
     is_trained: bool
@@ -161,10 +161,9 @@ def distill_stage(stage: DistillStage, current: Checkpoint, context: StageContex
 
 
 def qat_stage(stage: QatStage, model: QuantizedModel, source: Checkpoint, context: StageContext) -> QatOutcome:
-    """Train `model`, the int8 model that post-training quantization made of `source`, and keep the better of the two.
+    """Train `model`, the int8 model that post-training quantization made of `source`; keep it where that helped.
 
-    Better is the higher val accuracy; at a tie, the lower cross-entropy on val. Always in fp32: bf16's own rounding
-    is as coarse as the one to learn.
+    Whether it did, val says (`_compare`). Always in fp32: bf16's own rounding is as coarse as the one to learn.
     """
     preprocessing = source.architecture.preprocessing
     trainable = TrainableInt8(model)
@@ -192,25 +191,44 @@ def qat_stage(stage: QatStage, model: QuantizedModel, source: Checkpoint, contex
         )
     teacher = describe_teaching(settings, loss, stage.epochs) if stage.teacher else "the float model as teacher"
     trained = trainable.quantized(f"trained for {stage.epochs} epochs with {teacher}")
-    scores: list[tuple[float, float]] = []
-    for candidate, name in ((model, "post-training"), (trained, "trained")):
-        logits = collect_logits(candidate.simulation(), val, preprocessing, description=f"evaluating {name} int8")
-        scores.append((accuracy(logits, val.labels), -float(functional.cross_entropy(logits, val.labels))))
-    before, after = scores
-    is_better = after > before
-    compared = f"val {after[0]:.2%} against {before[0]:.2%} (cross-entropy {-after[1]:.4f} against {-before[1]:.4f})"
-    summary = (
-        f"quantization-aware training helped: {compared}"
-        if is_better
-        else f"quantization-aware training did not help, so the post-training int8 model is kept: {compared}"
-    )
-    facts: dict[str, float | bool | int] = {
-        "kept_trained": is_better,
-        "val_accuracy": after[0],
-        "val_accuracy_post_training": before[0],
-        "epochs": stage.epochs,
+    nets = {"float": source.module, "post-training int8": model.simulation(), "trained int8": trained.simulation()}
+    right = {
+        name: collect_logits(net, val, preprocessing, description=f"evaluating {name}").argmax(dim=1) == val.labels
+        for name, net in nets.items()
     }
-    return QatOutcome(trained if is_better else model, is_better, summary, facts)
+    is_better, summary, facts = _compare(*right.values())
+    return QatOutcome(trained if is_better else model, is_better, summary, facts | {"epochs": stage.epochs})
+
+
+def _compare(in_float: Tensor, before: Tensor, after: Tensor) -> tuple[bool, str, dict[str, float | bool | int]]:
+    """Whether training helped: a verdict, in words, and in numbers. Each says which val images are right, bool [N].
+
+    It did where it won more images than it lost, and either that is beyond chance, or what there was to win back, the
+    loss of `before` against `in_float`, is. Without the second, a small val split would refuse every gain; without
+    either, the better of two equals is kept, which a test split was seen to contradict.
+    """
+    change = mcnemar(before.numpy(), after.numpy())
+    loss = mcnemar(in_float.numpy(), before.numpy())
+    p_of_gain, p_of_loss = p_of_drop(change.won, change.lost), p_of_drop(loss.lost, loss.won)
+    is_better = change.won > change.lost and min(p_of_gain, p_of_loss) < SIGNIFICANT
+    accuracies = [float(right.double().mean()) for right in (in_float, before, after)]
+    verdict = "helped"
+    if not is_better:
+        beyond = " beyond chance" if change.won > change.lost else ""
+        verdict = f"did not help{beyond}, so the post-training int8 model is kept"
+    summary = (
+        f"quantization-aware training {verdict}: val {accuracies[2]:.2%} against {accuracies[1]:.2%} without it "
+        f"and {accuracies[0]:.2%} in float ({change.won} of {len(before)} images won, {change.lost} lost)"
+    )
+    facts = {
+        "kept_trained": is_better,
+        "val_accuracy": accuracies[2],
+        "val_accuracy_post_training": accuracies[1],
+        "val_accuracy_float": accuracies[0],
+        "p_of_gain": p_of_gain,
+        "p_of_post_training_loss": p_of_loss,
+    }
+    return is_better, summary, facts
 
 
 def fit_stage(
