@@ -16,6 +16,7 @@ from edgecompress.int8.qat import TrainableInt8, _RoundToStep
 from edgecompress.int8.quantized_model import QuantizedModel
 from edgecompress.int8.scheme import Scheme
 from edgecompress.settings.recipe import QatStage, QuantizeStage, load_recipe
+from edgecompress.stages.train_stages import _compare
 from small_models import images, tiny_net
 
 
@@ -104,6 +105,44 @@ FAST = (
 )
 
 
+def _right(fraction: float, of: int = 1000) -> Tensor:
+    return torch.arange(of) < round(fraction * of)
+
+
+def _lost(right: Tensor, count: int) -> Tensor:
+    return right & (right.cumsum(0) > count)
+
+
+@pytest.mark.parametrize(
+    ("in_float", "post_training", "trained", "verdict"),
+    [
+        # Equals: one image more on val is no reason to leave what post-training quantization found.
+        (0.9, 0.9, 0.901, "did not help beyond chance, so the post-training int8 model is kept"),
+        (0.9, 0.897, 0.899, "did not help beyond chance"),
+        # There was much to win back, so that a few images more are taken.
+        (0.9, 0.87, 0.872, "helped: val 87.20% against 87.00% without it and 90.00% in float (2 of 1000 images won"),
+        # Beyond chance by itself, though post-training lost nothing.
+        (0.9, 0.9, 0.91, "helped"),
+        (0.9, 0.87, 0.87, "did not help, so"),
+        (0.9, 0.87, 0.86, "did not help, so"),
+    ],
+)
+def test_what_was_trained_is_kept_only_where_it_helped(
+    in_float: float, post_training: float, trained: float, verdict: str
+) -> None:
+    is_better, summary, facts = _compare(_right(in_float), _right(post_training), _right(trained))
+    assert is_better == facts["kept_trained"] == ("did not" not in verdict)
+    assert summary.startswith(f"quantization-aware training {verdict}")
+
+
+def test_images_won_and_lost_decide_and_not_the_difference_alone() -> None:
+    right = _right(0.9)
+    assert _compare(right, right, _right(0.906))[0]
+    half_of_them_lost = _lost(_right(0.912), 6)
+    assert int(half_of_them_lost.sum()) == 906
+    assert not _compare(right, right, half_of_them_lost)[0]
+
+
 def _json(path: Path) -> Any:
     return json.loads(path.read_text())
 
@@ -147,3 +186,18 @@ def test_where_it_is_worse_post_training_is_kept_and_said_first(
     assert stage["summary"].startswith("quantization-aware training did not help, so the post-training int8")
     assert stage["accuracy"] > 0.5
     assert "did not help" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_it_wins_back_what_poor_ranges_lost(tmp_path: Path) -> None:
+    poor = [
+        "stages.int8_trained.calibration.method=percentile",
+        "stages.int8_trained.calibration.percentile=80",
+        "stages.int8_trained.epochs=2",
+        "gates.max_accuracy_drop=1",
+    ]
+    outcome = pipeline.apply("qat", overrides=[*FAST, *poor], output=tmp_path / "run", resume=False)
+    found = outcome.manifest["stages"][-1]["qat"]
+    assert found["kept_trained"] is True
+    assert found["val_accuracy_float"] > found["val_accuracy"] > found["val_accuracy_post_training"]
+    assert found["p_of_post_training_loss"] < 0.05
