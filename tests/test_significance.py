@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from statistics import NormalDist
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import binomtest
 
-from edgecompress.exporting.significance import images_needed, mcnemar, p_of_drop
+from edgecompress.exporting.significance import images_needed, mcnemar, p_of_drop, p_of_mean
 
 
 def test_by_hand() -> None:
@@ -46,3 +48,11 @@ def test_images_needed() -> None:
     assert p_of_drop(round(4 * needed / 40), round(needed / 40)) < 0.02
     assert images_needed(40, 2, 2, level=0.05) is None
     assert images_needed(10_000_000, 1, 0, level=1e-9) is None
+
+
+def test_the_paired_z_test_against_its_definition() -> None:
+    differences = np.random.default_rng(0).normal(0.1, 1.0, 500)
+    z = differences.mean() / (differences.std(ddof=1) / np.sqrt(500))
+    assert p_of_mean(differences) == pytest.approx(1 - NormalDist().cdf(z))
+    assert p_of_mean(-differences) == pytest.approx(NormalDist().cdf(z))
+    assert p_of_mean(np.zeros(10)) == p_of_mean(np.zeros(0)) == p_of_mean(np.ones(1)) == 1.0

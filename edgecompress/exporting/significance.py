@@ -2,7 +2,8 @@
 
 What enters: for each image, whether it was right before and after. What leaves: McNemar's exact p-value, for all images
 and for each class, and how many images of a class would settle an open case. Images that are right twice or wrong
-twice say nothing about a change, so only the others count.
+twice say nothing about a change, so only the others count. Of a measure that has a value for every image, such as
+cross-entropy, all images count: the paired z-test.
 """
 
 from __future__ import annotations
@@ -45,6 +46,18 @@ def mcnemar(right_before: NDArray[np.bool_], right_after: NDArray[np.bool_]) -> 
 def p_of_drop(lost: int, won: int) -> float:
     """The one-sided test: the chance of at least `lost` losses among the changed images, were it a fair coin."""
     return _lower_tail(won, lost + won)
+
+
+def p_of_mean(differences: NDArray[np.floating]) -> float:
+    """The one-sided paired z-test: the chance of a mean as far above zero, had nothing changed; [samples], in any unit.
+
+    By the central limit theorem, so for tens of samples and more. 1.0 where no sample changed.
+    """
+    deviation = float(np.std(differences, ddof=1)) if differences.size > 1 else 0.0
+    if deviation == 0.0:
+        return 1.0
+    z = float(np.mean(differences)) * math.sqrt(differences.size) / deviation
+    return 0.5 * math.erfc(z / math.sqrt(2.0))
 
 
 def _lower_tail(most: int, trials: int) -> float:
