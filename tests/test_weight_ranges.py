@@ -1,12 +1,17 @@
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Literal
+
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
+from edgecompress.exporting.parity import sqnr_db
 from edgecompress.int8.scheme import Scheme
 from edgecompress.int8.weight_ranges import WeightRangeObserver, least_error_steps
-from int8_models import conv, quantized, seeded
+from int8_models import conv, export, quantized, run, seeded
 
 LIMITS = (127, 63)
 
@@ -95,3 +100,23 @@ def test_an_int8_model_has_them_and_its_bias_has_the_accumulators_scale() -> Non
     torch.testing.assert_close(
         constants[bias.args[1].target], (steps * float(source.args[1])).to(torch.float32), rtol=1e-6, atol=0.0
     )
+
+
+@pytest.mark.parametrize("effort", ["fast", "balanced"])
+@pytest.mark.parametrize(("scale", "bias"), [(0.0, 2.0), (0.0, -4.0), (1e-5, 4.0)])
+def test_a_channel_without_weights_keeps_its_bias(
+    tmp_path: Path, scale: float, bias: float, effort: Literal["fast", "balanced"]
+) -> None:
+    """A filter that was pruned, or a batch norm without a scale: its step leaves int32 room for bias and products."""
+    net = seeded(nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3)))
+    with torch.no_grad():
+        net[1].weight[0], net[1].bias[0] = scale, bias  # type: ignore[index]
+    net = nn.Sequential(net, nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
+    batch = torch.rand(32, 3, 8, 8, generator=torch.Generator().manual_seed(3))
+    model = quantized(net, scheme=Scheme("uint8", 8), samples=batch, effort=effort)
+    path = tmp_path / "net.onnx"
+    export(model.graph, path, example=batch[:2])
+    with torch.no_grad():
+        wanted, simulated = net(batch), model.simulation()(batch)
+    assert sqnr_db(wanted.numpy(), simulated.numpy()) > 40  # 1 to 2 dB where the bias is cut off
+    assert sqnr_db(simulated.numpy(), run(path, batch)) > 60  # 19 dB where the sum overflows

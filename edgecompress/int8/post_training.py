@@ -28,6 +28,7 @@ from edgecompress.int8.finetuning import finetune
 from edgecompress.int8.quantized_model import QuantizedModel, simulate
 from edgecompress.int8.quantizer import OnnxRuntimeQuantizer, module_name
 from edgecompress.int8.scheme import Scheme
+from edgecompress.int8.weight_ranges import leave_room_for_biases
 from edgecompress.models.graph_caches import forget_graphs
 from edgecompress.settings.recipe import QuantizeStage
 
@@ -59,6 +60,7 @@ def quantize(
     observer = activation_observer(stage.calibration.method, stage.calibration.percentile)
     quantizer = OnnxRuntimeQuantizer(scheme, observer, stage.exclude)
     prepared = prepare_pt2e(capture(module, example), quantizer)
+    leave_room_for_biases(prepared)
     reference = _without_observers(prepared)
     if not quantizer.placement.quantized:
         raise QuantizationError("no layer of the model can be int8: it holds no Conv2d or Linear outside of exclude")
