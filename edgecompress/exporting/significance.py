@@ -2,8 +2,8 @@
 
 What enters: for each image, whether it was right before and after. What leaves: McNemar's exact p-value, for all images
 and for each class, and how many images of a class would settle an open case. Images that are right twice or wrong
-twice say nothing about a change, so only the others count. Of a measure that has a value for every image, such as
-cross-entropy, all images count: the paired z-test.
+twice say nothing about a change, so only the others count. Of a score that has a value for every image, such as
+Brier's, all images count: the paired z-test.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 SIGNIFICANT = 0.05
 _MOST_IMAGES = 1_000_000
+_FEWEST_FOR_A_MEAN = 100
 
 
 @dataclass(frozen=True)
@@ -49,11 +50,14 @@ def p_of_drop(lost: int, won: int) -> float:
 
 
 def p_of_mean(differences: NDArray[np.floating]) -> float:
-    """The one-sided paired z-test: the chance of a mean as far above zero, had nothing changed; [samples], in any unit.
+    """The one-sided paired z-test: the chance of a mean as far above zero, had nothing changed; [samples].
 
-    By the central limit theorem, so for tens of samples and more. 1.0 where no sample changed.
+    For a bounded score: rare large losses, such as those of cross-entropy, are often missing among few samples, which
+    then look better than they are. 1.0 below a hundred samples, for the same reason, and where nothing differs.
     """
-    deviation = float(np.std(differences, ddof=1)) if differences.size > 1 else 0.0
+    if differences.size < _FEWEST_FOR_A_MEAN:
+        return 1.0
+    deviation = float(np.std(differences, ddof=1))
     if deviation == 0.0:
         return 1.0
     z = float(np.mean(differences)) * math.sqrt(differences.size) / deviation

@@ -196,40 +196,51 @@ def qat_stage(stage: QatStage, model: QuantizedModel, source: Checkpoint, contex
         collect_logits(each.simulation(), val, preprocessing, description=f"evaluating {name} int8")
         for each, name in ((model, "post-training"), (trained, "trained"))
     )
-    helped, summary, facts = _compare(before, after, val.labels)
+    # Where val has chosen the epoch as well, the best of several is compared.
+    tries = stage.epochs if stage.keep == "best_val" else 1
+    helped, summary, facts = _compare(before, after, val.labels, tries)
     return QatOutcome(trained if helped else model, helped, summary, facts | {"epochs": stage.epochs})
 
 
-def _compare(before: Tensor, after: Tensor, labels: Tensor) -> tuple[bool, str, dict[str, float | bool | int]]:
+def _compare(
+    before: Tensor, after: Tensor, labels: Tensor, tries: int = 1
+) -> tuple[bool, str, dict[str, float | bool | int]]:
     """Whether training helped, said in words and in numbers, by the logits [N, classes] of both models on val.
 
-    It did where no fewer images are right, and beyond chance either more are, or their cross-entropy is lower. Right
-    and wrong alone would refuse most true gains on a small split; without chance the better of two equals is kept,
-    which a test split was seen to contradict. Each of the two tests has half of the 5 % at which both may err.
+    It did where no fewer images are right, and beyond chance either more are, or their Brier score (the squared error
+    of the probabilities, 0 to 2; G. Brier, Monthly Weather Review 78, 1950) is lower. Right and wrong alone would
+    refuse most true gains on a small split; without chance the better of two equals is kept, which a test split was
+    seen to contradict. Each of the two tests has half of the 5 % at which both may err, shared among `tries`.
     """
     right_before, right_after = (logits.argmax(dim=1) == labels for logits in (before, after))
     change = mcnemar(right_before.numpy(), right_after.numpy())
     p_of_accuracy = p_of_drop(change.won, change.lost)
-    fall = functional.cross_entropy(before.double(), labels, reduction="none")
-    fall -= functional.cross_entropy(after.double(), labels, reduction="none")
-    p_of_cross_entropy = p_of_mean(fall.numpy())
-    helped = change.won >= change.lost and min(p_of_accuracy, p_of_cross_entropy) < SIGNIFICANT / 2
+    score_before, score_after = (_brier_scores(logits, labels) for logits in (before, after))
+    p_of_brier_score = p_of_mean((score_before - score_after).numpy())
+    helped = change.won >= change.lost and min(p_of_accuracy, p_of_brier_score) < SIGNIFICANT / 2 / tries
     accuracy_before, accuracy_after = float(right_before.double().mean()), float(right_after.double().mean())
     verdict = "helped" if helped else "did not help beyond chance, so the post-training int8 model is kept"
     summary = (
         f"quantization-aware training {verdict}: val {accuracy_after:.2%} against {accuracy_before:.2%}, "
         f"{change.won} of {len(labels)} images won and {change.lost} lost (p = {p_of_accuracy:.2g}), "
-        f"cross-entropy {-float(fall.mean()):+.4f} (p = {p_of_cross_entropy:.2g})"
+        f"Brier score {float(score_after.mean()):.4f} against {float(score_before.mean()):.4f} "
+        f"(p = {p_of_brier_score:.2g})"
     )
     facts = {
         "kept_trained": helped,
         "val_accuracy": accuracy_after,
         "val_accuracy_post_training": accuracy_before,
-        "val_cross_entropy_change": -float(fall.mean()),
+        "val_brier_score": float(score_after.mean()),
+        "val_brier_score_post_training": float(score_before.mean()),
         "p_of_accuracy": p_of_accuracy,
-        "p_of_cross_entropy": p_of_cross_entropy,
+        "p_of_brier_score": p_of_brier_score,
     }
     return helped, summary, facts
+
+
+def _brier_scores(logits: Tensor, labels: Tensor) -> Tensor:
+    probabilities = logits.double().softmax(dim=1)
+    return (probabilities - functional.one_hot(labels, logits.shape[1])).square().sum(dim=1)
 
 
 def fit_stage(
