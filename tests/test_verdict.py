@@ -70,11 +70,47 @@ def test_slower_int8_that_the_target_allows_is_still_said_first() -> None:
     assert verdict.reasons[0].startswith("Int8 is slower than fp32")
 
 
-@pytest.mark.parametrize("budget", [1.0, None])
-def test_ratio_that_straddles_one_is_inconclusive(budget: float | None) -> None:
-    verdict = judge(profile(ratio=(1.01, 0.97, 1.05)), min_int8_speedup=budget)
-    assert verdict.verdict == "inconclusive"
-    assert "0.97 to 1.05" in verdict.reasons[0]
+SPEEDS = ((0.5, 0.45, 0.55), (0.9, 0.85, 0.95), (1.0, 0.95, 1.05), (1.1, 1.05, 1.15), (1.6, 1.5, 1.7))
+
+
+@pytest.mark.parametrize(
+    ("budget", "verdicts"),
+    [
+        (None, ("ship", "ship", "ship", "ship", "ship")),
+        (0.9, ("hold", "inconclusive", "ship", "ship", "ship")),
+        (1.0, ("hold", "hold", "inconclusive", "ship", "ship")),
+        (1.1, ("hold", "hold", "hold", "inconclusive", "ship")),
+    ],
+)
+def test_the_budget_alone_decides_on_speed(budget: float | None, verdicts: tuple[str, ...]) -> None:
+    found = [judge(profile(ratio=ratio), min_int8_speedup=budget) for ratio in SPEEDS]
+    assert tuple(verdict.verdict for verdict in found) == verdicts
+    assert all(len(verdict.reasons) == 1 for verdict in found)
+
+
+@pytest.mark.parametrize("budget", [None, 0.5, 0.9, 1.0, 1.1, 2.0])
+@pytest.mark.parametrize(
+    ("ratio", "finding"),
+    [
+        *[(SPEEDS[0], "is slower"), (SPEEDS[1], "is slower"), (SPEEDS[2], "was not found to be faster")],
+        *[(SPEEDS[3], "is faster"), (SPEEDS[4], "is faster")],
+    ],
+)
+def test_speed_is_called_what_its_interval_allows(
+    budget: float | None, ratio: tuple[float, float, float], finding: str
+) -> None:
+    (said,) = judge(profile(ratio=ratio), min_int8_speedup=budget).reasons
+    assert said.startswith(f"Int8 {finding} than fp32")
+    assert (", but not by enough" in said) == (budget is not None and ratio[1] > 1 and ratio[2] < budget)
+
+
+@pytest.mark.parametrize("end_to_end", [(0.8, 0.7, 0.9), (1.0, 0.9, 1.1)])
+def test_nothing_comes_before_a_slower_int8(end_to_end: tuple[float, float, float]) -> None:
+    against = {"ratio": end_to_end[0], "ci95": list(end_to_end[1:])}
+    document = profile(ratio=(0.9, 0.85, 0.95)) | {"end_to_end_speedup": against}
+    for budget in (None, 0.5, 0.9, 1.0):
+        verdict = judge(document, gates=("Parity was missed.",), min_int8_speedup=budget)
+        assert verdict.reasons[0].startswith("Int8 is slower than fp32")
 
 
 def test_faster_but_not_by_enough_holds() -> None:

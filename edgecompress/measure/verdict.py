@@ -43,9 +43,9 @@ def decide(profile: Json, *, target: Target, gates_missed: Sequence[str], accura
 
     `gates_missed` are sentences about missed parity or accuracy gates; `accuracy_drop` is a fraction against
     the recipe's first model, None where it was not measured. The model judged is int8 where there is one.
-    Reasons come in order of weight: int8 that is slower than fp32 first of all, then a model
-    that is no faster than the first model, what what was missed, what
-    is in doubt, what holds, and last that the machine was busy, which is in the intervals and decides nothing.
+    Reasons come in order of weight: int8 that is slower than fp32 first of all, whatever the target allows, then a
+    model that was not found to be faster than the first one, or int8 than fp32, then what was missed, what is in
+    doubt, what holds, and last that the machine was busy, which is in the intervals and decides nothing.
     """
     findings = _Findings()
     name = "int8" if "int8" in profile["models"] else "fp32"
@@ -63,15 +63,12 @@ def _verdict(findings: _Findings) -> Verdict:
         verdict = "hold"
     elif findings.doubts:
         verdict = "inconclusive"
-    reasons = [
-        *findings.slower,
-        *findings.remarks,
-        *(text for text in findings.missed if text not in findings.slower),
-        *findings.doubts,
-        *findings.met,
-        *findings.cautions,
-    ]
-    return Verdict(verdict, reasons, list(findings.missed))
+    by_weight = (
+        *(findings.slower, findings.remarks, findings.missed),
+        *(findings.doubts, findings.met, findings.cautions),
+    )
+    reasons = dict.fromkeys(text for texts in by_weight for text in texts)  # what is slower may be missed too
+    return Verdict(verdict, list(reasons), list(findings.missed))
 
 
 def judge_budgets(name: str, profile: Json, *, target: Target) -> Verdict:
@@ -93,24 +90,35 @@ def _judge_costs(name: str, profile: Json, target: Target, findings: _Findings) 
 
 
 def _judge_speedup(profile: Json, target: Target, findings: _Findings) -> None:
+    """The budget alone decides; whether int8 is called faster or slower is between its interval and 1."""
     speedup = profile["int8_speedup"]
     if "int8" not in profile["models"] or speedup["ratio"] is None:
         return
     low, high = speedup["ci95"]
-    ratio, budget = speedup["ratio"], target.budgets.min_int8_speedup
-    measured = f"fp32 takes {ratio:.2f} times as long as int8 (95 % interval {low:.2f} to {high:.2f})"
-    asks = "" if budget is None else f"; the target asks for at least {budget:g}"
-    if budget is not None and high < budget:
-        (findings.slower if high < 1 else findings.missed).append(f"Int8 is {_slower(ratio, high)}: {measured}{asks}.")
-        findings.missed += findings.slower
-    elif high < 1:  # the target allows it, and still it must not go unsaid
-        findings.slower.append(f"Int8 is slower than fp32: {measured}{asks}.")
-    elif budget is not None and low < budget:
-        findings.doubts.append(f"Whether int8 is fast enough is open: {measured}{asks}.")
-    elif budget is None and low < 1:
-        findings.doubts.append(f"Whether int8 is faster than fp32 is open: {measured}.")
+    budget = target.budgets.min_int8_speedup
+    least = 0.0 if budget is None else budget  # every speed meets it
+    finding = "was not found to be faster"
+    if low > 1:
+        finding = "is faster"
+    elif high < 1:
+        finding = "is slower"
+    weakness = ", but not by enough" if low > 1 and high < least else ""
+    text = (
+        f"Int8 {finding} than fp32{weakness}: fp32 takes {speedup['ratio']:.2f} times as long as int8 "
+        f"(95 % interval {low:.2f} to {high:.2f})"
+    )
+    text += "" if budget is None else f"; the target asks for at least {budget:g}"
+    if low < least <= high:
+        text += ", which lies within the interval"
+    text += "."
+    if high < 1:  # the target may allow it, and still it must not go unsaid
+        findings.slower.append(text)
+    if high < least:
+        findings.missed.append(text)
+    elif low < least:
+        findings.doubts.append(text)
     else:
-        findings.met.append(f"Int8 is faster than fp32: {measured}{asks}.")
+        (findings.met if low > 1 else findings.remarks).append(text)
 
 
 def _remark_on_the_way_from_the_baseline(name: str, profile: Json, findings: _Findings) -> None:
@@ -154,12 +162,6 @@ def _crowded(profile: Json) -> bool:
     """Whether other processes took the CPU away from inferences while they were timed."""
     shares = (profile.get("noise") or {}).get("on_cpu_share") or {}
     return bool(shares) and min(shares.values()) < 1 - NOISY_FRACTION
-
-
-def _slower(ratio: float, high: float) -> str:
-    if high < 1:
-        return "slower than fp32"
-    return "faster than fp32, but not by enough" if ratio > 1 else "not faster than fp32"
 
 
 def _judge_accuracy(target: Target, drop: float | None, findings: _Findings) -> None:
