@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from edgecompress.measure.verdict import Verdict, decide
+from edgecompress.settings.gates import accuracy_gate
 from edgecompress.settings.target import Target
 
 
@@ -185,6 +186,16 @@ def test_a_busy_machine_is_said_last_and_decides_nothing(spread: float, steady: 
 def test_a_quiet_machine_is_not_mentioned() -> None:
     noise = {"reference_spread": 0.01, "steady_processes": 9, "processes": 9}
     assert judge(profile() | {"noise": noise}).reasons == judge(profile()).reasons
+
+
+@pytest.mark.parametrize(
+    ("drop", "expected"), [(0.98 - 0.96, "ship"), (0.0201, "hold"), (0.021, "hold"), (0.019, "ship")]
+)
+def test_accuracy_is_judged_as_it_was_measured(drop: float, expected: str) -> None:
+    """0.98 less 0.96 is a little more than 0.02 in floating point, and no more than the limit."""
+    assert judge(profile(), drop=drop, max_accuracy_drop=0.02).verdict == expected
+    baseline = {"id": "dense", "accuracy": 0.98}
+    assert accuracy_gate(0.98 - drop, baseline, 0.02, "int8").passed == (expected == "ship")
 
 
 def test_an_accuracy_that_stays_is_no_rise() -> None:

@@ -1,9 +1,10 @@
 """Whether to ship: a profile and the gates in, one verdict with its reasons out.
 
 What enters: the profile's document, the target's budgets, the gates that were missed. What leaves: `ship`,
-`hold` or `inconclusive`, with reasons in plain sentences. A budget counts as missed only when the whole
-interval lies beyond it; where the interval straddles the budget, or nothing could be measured, the answer is
-`inconclusive`, because a coin toss that stops a release helps nobody.
+`hold` or `inconclusive`, with reasons in plain sentences. A budget on what varies from process to process counts as
+missed only when the whole interval lies beyond it; where the interval straddles the budget, or nothing could be
+measured, the answer is `inconclusive`, because a coin toss that stops a release helps nobody. Size and accuracy are
+judged by their values: the same file gives the same answers on the same images every time.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from edgecompress.measure.profiling import NOISY_FRACTION
+from edgecompress.settings.gates import allows_drop
 from edgecompress.settings.target import Target
 
 _SAME_ACCURACY = 5e-5  # a drop that two decimals of a point would show as 0.00
@@ -170,7 +172,7 @@ def _judge_accuracy(target: Target, drop: float | None, findings: _Findings) -> 
         return
     if drop is None:
         findings.doubts.append(f"The accuracy drop is not known; the target allows {_points(budget)}.")
-    elif drop > budget:
+    elif not allows_drop(budget, drop):
         findings.missed.append(f"Accuracy drops by {_points(drop)}; the target allows {_points(budget)}.")
     else:
         change = f"drops by {_points(drop)}" if drop > 0 else f"rises by {_points(-drop)}"

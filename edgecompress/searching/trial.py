@@ -33,6 +33,7 @@ from edgecompress.searching.front import EarlyRecord
 from edgecompress.searching.latency_table import LatencyTable, layer_shapes
 from edgecompress.searching.space import SearchSpace
 from edgecompress.settings.factorize_settings import FactorizeStage
+from edgecompress.settings.gates import allows_drop
 from edgecompress.settings.prune_settings import PruneStage
 from edgecompress.settings.recipe import DistillStage, QuantizeStage, Recipe, TrainStage
 from edgecompress.settings.search_space import label
@@ -237,7 +238,7 @@ def cost_of(facts: Json, minimize: Minimize) -> float:
 
 def missed_limits(run: RunDirectory, target: Target, drop: float, limit: float) -> list[str]:
     """Sentences on the limits that a finished run misses: the search's own on accuracy, and the target's budgets."""
-    own = [] if drop <= limit + 1e-12 else [f"It loses {100 * drop:.2f} points on val, {100 * limit:g} are allowed."]
+    own = [] if allows_drop(limit, drop) else [f"It loses {100 * drop:.2f} points on val, {100 * limit:g} are allowed."]
     path = run.profile_path(target.name)
     if not path.is_file():
         return [*own, f"It was not profiled on {target.name}."]
