@@ -30,6 +30,34 @@ def test_packages_count_and_their_parts_do_not(tmp_path: Path) -> None:
     assert found.absent_because is None
 
 
+def test_the_whole_platform_is_not_added_to_the_package_in_it(tmp_path: Path) -> None:
+    zones = tmp_path / "sys/class/powercap"
+    for zone, name in (("intel-rapl:0", "package-0"), ("intel-rapl:1", "package-1"), ("intel-rapl:2", "psys")):
+        _file(zones / zone / "name", name)
+        _file(zones / zone / "energy_uj", "1000")
+    assert list(find_sources(tmp_path).counters) == [str(zones / f"intel-rapl:{k}/energy_uj") for k in (0, 1)]
+
+
+def test_sockets_count_and_the_cores_in_them_do_not(tmp_path: Path) -> None:
+    """As amd_energy names them."""
+    chip = tmp_path / "sys/class/hwmon/hwmon0"
+    for number, name in enumerate(("Ecore000", "Ecore001", "Esocket0"), 1):
+        _file(chip / f"energy{number}_label", name)
+        _file(chip / f"energy{number}_input", "1000")
+    assert list(find_sources(tmp_path).counters) == [str(chip / "energy3_input")]
+
+
+def test_a_sensor_counts_once(tmp_path: Path) -> None:
+    """Five watts and one, however many files show them."""
+    chip = tmp_path / "sys/class/hwmon/hwmon0"
+    for name, microwatts in (("power1_input", 5e6), ("power1_average", 5e6), ("power2_average", 1e6)):
+        _file(chip / name, f"{microwatts:.0f}")
+    found = find_sources(tmp_path)
+    assert found.sensors == (str(chip / "power1_input"), str(chip / "power2_average"))
+    (chip / "power1_input").write_text("")  # some chips have the file and no value
+    assert find_sources(tmp_path).sensors == (str(chip / "power1_average"), str(chip / "power2_average"))
+
+
 def test_boards_show_power(tmp_path: Path) -> None:
     sensor = _file(tmp_path / "sys/class/hwmon/hwmon2/power1_input", "3500000")
     assert find_sources(tmp_path).sensors == (str(sensor),)

@@ -28,19 +28,30 @@ class EnergySources:
 
 
 def find_sources(root: Path = _ROOT) -> EnergySources:
-    """The packages' RAPL counters, else the energy or power inputs of hwmon; readable ones only."""
+    """The packages' RAPL counters, else the energy or power inputs of hwmon; readable ones only, and no joule twice.
+
+    RAPL's zone `psys` is the whole platform, packages included; zones within a package (`intel-rapl:0:0`) are not
+    looked for. The sockets of amd_energy include its cores. A power sensor may show its value in two files.
+    """
     zones = root / "sys/class/powercap"
     found = sorted(zones.glob("*rapl:[0-9]")) + sorted(zones.glob("*rapl:[0-9][0-9]"))
-    counters = {str(zone / "energy_uj"): _number(zone / "max_energy_range_uj") for zone in found}
+    counters = {
+        str(zone / "energy_uj"): _number(zone / "max_energy_range_uj")
+        for zone in found
+        if _text(zone / "name") != "psys"
+    }
     inputs = root / "sys/class/hwmon"
-    energies = {str(path): None for path in sorted(inputs.glob("hwmon*/energy*_input"))}
+    energies = {str(path): None for path in sorted(inputs.glob("hwmon*/energy*_input")) if not _is_core(path)}
     powers = [str(path) for pattern in ("power*_input", "power*_average") for path in inputs.glob(f"hwmon*/{pattern}")]
     readable: dict[str, float | None] = {}
     for group in (counters, energies):
         readable = readable or {path: limit for path, limit in group.items() if _number(Path(path)) is not None}
-    sensors = () if readable else tuple(sorted(path for path in powers if _number(Path(path)) is not None))
+    sensors: dict[str, str] = {}
+    for path in powers if not readable else ():  # inputs come before averages, which reach back before the inference
+        if _number(Path(path)) is not None:
+            sensors.setdefault(path.rpartition("_")[0], path)
     if readable or sensors:
-        return EnergySources(readable, sensors, None)
+        return EnergySources(readable, tuple(sorted(sensors.values())), None)
     if counters or energies or powers:
         why = f"{next(iter([*counters, *energies, *powers]))} cannot be read; reading it needs root"
     else:
@@ -48,10 +59,22 @@ def find_sources(root: Path = _ROOT) -> EnergySources:
     return EnergySources({}, (), why)
 
 
+def _is_core(energy: Path) -> bool:
+    return _text(energy.with_name(energy.name.replace("_input", "_label"))).startswith("Ecore")
+
+
+def _text(path: Path) -> str:
+    """What a file says; empty where it is not there or not to be read."""
+    try:
+        return path.read_text(encoding="utf-8", errors="replace").strip()
+    except OSError:
+        return ""
+
+
 def _number(path: Path) -> float | None:
     try:
-        return float(path.read_text(encoding="ascii").strip())
-    except (OSError, ValueError):
+        return float(_text(path))
+    except ValueError:
         return None
 
 
