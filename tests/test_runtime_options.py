@@ -61,6 +61,48 @@ def test_options_that_win_are_taken_together_and_checked(monkeypatch: pytest.Mon
     assert 'options.add_session_config_entry("session.dynamic_block_base", "4")' in text
 
 
+def measured_anew(monkeypatch: pytest.MonkeyPatch, anew: dict[str, tuple[float, float, float]]) -> dict[str, Any]:
+    """A (1.2 times as fast) and B (1.1 times) win alone; `anew` holds what is found when they are measured again."""
+    alone = {"A": (1.2, 1.15, 1.25), "B": (1.1, 1.05, 1.15)}
+    monkeypatch.setattr(runtime_options, "measure_latency", lambda paths, **_: list(paths))
+
+    def row(names: list[str], _: str, name: str) -> dict[str, Any]:
+        value, low, high = (anew if "together" in names else alone)[name]
+        return {"speedup": value, "speedup_ci95": [low, high], "latency_ms_p50": 1.0}
+
+    monkeypatch.setattr(runtime_options, "_row", row)
+    variants = {"A": {"arena": False}, "B": {"memory_pattern": False}}
+    return sweep_options(Path("net.onnx"), **SWEEP, variants=variants)
+
+
+@pytest.mark.parametrize(
+    ("together", "alone", "kept"),
+    [
+        ((1.3, 1.25, 1.35), (1.2, 1.15, 1.25), ["A", "B"]),
+        ((0.99, 0.97, 1.01), (1.2, 1.15, 1.25), ["A"]),
+        ((1.05, 1.02, 1.08), (1.2, 1.15, 1.25), ["A"]),  # both help, and B costs A something
+        ((1.3, 0.9, 1.7), (1.01, 1.005, 1.015), ["A"]),  # more, but not beyond doubt
+        ((1.05, 1.02, 1.08), (1.2, 0.9, 1.5), ["A", "B"]),
+        ((0.99, 0.97, 1.01), (1.01, 0.97, 1.05), []),
+    ],
+)
+def test_the_best_that_holds_when_measured_anew_is_kept(
+    monkeypatch: pytest.MonkeyPatch,
+    together: tuple[float, float, float],
+    alone: tuple[float, float, float],
+    kept: list[str],
+) -> None:
+    found = measured_anew(monkeypatch, {"together": together, "A": alone})
+    assert found["best"]["options"] == kept
+    assert len(found["best"]["settings"]) == len(kept)
+    checked = together if len(kept) == 2 else alone
+    assert (found["checked"]["speedup"], *found["checked"]["speedup_ci95"]) == checked
+    said = options_sentence(found)
+    assert ("together" in said) == (len(kept) == 2)
+    assert ("measured again" in said) == (not kept)
+    assert ("enable_cpu_mem_arena" in found["best"]["python"]) == bool(kept)
+
+
 def test_of_two_that_set_the_same_the_better_one_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     invented(monkeypatch, {})
     variants: dict[str, Any] = {"two": {"threads": 2, "arena": False}, "three": {"threads": 3}}

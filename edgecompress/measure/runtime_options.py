@@ -1,8 +1,8 @@
 """ONNX Runtime's own choices: execution providers side by side, and session options one by one.
 
 What enters: one ONNX file, a target and what to compare. What leaves: tables of ratios with intervals, and the settings
-that were better beyond doubt, checked together once more and written out so that a user can copy them. Options are
-tried alone against the target's own settings: all combinations would take hours, and few of them interact.
+that were better beyond doubt, measured once more and written out so that a user can copy them. Options are tried alone
+against the target's own settings, then the best one and all that won at once: all combinations would take hours.
 """
 
 from __future__ import annotations
@@ -147,11 +147,12 @@ def sweep_options(
     shapes: Shapes | None = None,
     variants: Mapping[str, Json] | None = None,
 ) -> Json:
-    """Each option alone against the target's settings, then those that were better beyond doubt together.
+    """Each option alone against the target's settings, then anew the best one, and all that were better together.
 
-    Returns `rows` with the speed-up of each; `best`, the settings to copy as `python` and as the `settings` chosen;
-    and `checked`, the speed-up of all of them at once, measured anew. Where that is not better beyond doubt, the best
-    single one is kept if it is, else none. Raises ProfileError.
+    Returns `rows` with the speed-up of each; `best`, the `options` to set with their `settings`, and as `python` to
+    copy; and `checked`, their speed-up as measured anew. Of the best single one and all together, that is taken which
+    is the faster one then, among those that are better beyond doubt; where neither is, none, and `checked` says how
+    near it came. Raises ProfileError.
     """
     tried = dict(option_variants(threads=threads, cores=cores) if variants is None else variants)
     names, plain = list(tried), "as the target says"
@@ -174,26 +175,37 @@ def sweep_options(
         rows += [{"option": name, "settings": tried[name], **_row(measured, plain, name)} for name in group]
     rows.sort(key=lambda row: -row["speedup"])
     better = [row for row in rows if row["speedup_ci95"][0] > 1]
-    chosen: Json = {}
-    used: list[str] = []
-    for row in better:  # the best first; of two that set the same thing, the better one
-        if not set(row["settings"]) & (set(chosen) - {"session"}):
-            session = {**row["settings"].get("session", {}), **chosen.get("session", {})}
-            chosen |= row["settings"] | ({"session": session} if session else {})
-            used.append(row["option"])
-    checked: Json | None = None
-    if used:
-        measured = measure_latency(
-            {plain: path, "together": path}, **how, settings={"together": whole(chosen)}, seconds=share
-        )
-        checked = _row(measured, plain, "together")
-        if checked["speedup_ci95"][0] <= 1:
-            chosen, used = {}, []
+    # Wins among many may be luck, and options may undo each other: what is to be copied is measured anew.
+    anew = {row["option"]: ([row["option"]], row["settings"]) for row in better[:1]}
+    joined, together = _joined(better)
+    if len(joined) > 1:
+        anew["together"] = (joined, together)
+    options, chosen, checked = [], {}, None
+    if anew:
+        settings = {name: whole(variant) for name, (_, variant) in anew.items()}
+        measured = measure_latency(dict.fromkeys([plain, *anew], path), **how, settings=settings, seconds=share)
+        found = {name: _row(measured, plain, name) for name in anew}
+        held = [name for name, row in found.items() if row["speedup_ci95"][0] > 1]
+        best = max(held or found, key=lambda name: found[name]["speedup"])
+        checked = found[best]
+        options, chosen = anew[best] if held else ([], {})
     return {
         "rows": rows,
-        "best": {"options": used, "settings": chosen, "python": python_settings(chosen, threads, providers)},
+        "best": {"options": options, "settings": chosen, "python": python_settings(chosen, threads, providers)},
         "checked": checked,
     }
+
+
+def _joined(better: Sequence[Json]) -> tuple[list[str], Json]:
+    """Options that go together, the best first, and their settings; of two that set the same thing, the better one."""
+    options: list[str] = []
+    chosen: Json = {}
+    for row in better:
+        if not set(row["settings"]) & (set(chosen) - {"session"}):
+            entries = {**row["settings"].get("session", {}), **chosen.get("session", {})}
+            chosen |= row["settings"] | ({"session": entries} if entries else {})
+            options.append(row["option"])
+    return options, chosen
 
 
 def python_settings(settings: Mapping[str, Any], threads: int, providers: Sequence[str]) -> str:

@@ -218,13 +218,15 @@ def _options(options: Json) -> Iterator[Table | Text]:
 
 
 def options_sentence(options: Json) -> str:
-    """Which options are worth setting, and what they bring together."""
+    """Which options are worth setting, and what they bring as measured again, together where they are several."""
     used = section(options, "best").get("options") or []
     checked = section(options, "checked")
+    gain = interval_text(checked.get("speedup"), checked.get("speedup_ci95"), "x")
+    if not used and checked:
+        return f"None of them is better beyond doubt when measured again ({gain}); the target's own settings stay:"
     if not used:
         return "None of them is better beyond doubt; the target's own settings stay:"
-    gain = interval_text(checked.get("speedup"), checked.get("speedup_ci95"), "x")
-    return f"Better beyond doubt, and {gain} together: {', '.join(used)}. To copy:"
+    return f"Better beyond doubt, and {gain} {'together' if len(used) > 1 else 'again'}: {', '.join(used)}. To copy:"
 
 
 def memory_sentence(models: Mapping[str, Any]) -> str | None:
