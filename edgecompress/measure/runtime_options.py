@@ -189,9 +189,10 @@ def sweep_options(
         best = max(held or found, key=lambda name: found[name]["speedup"])
         checked = found[best]
         options, chosen = anew[best] if held else ([], {})
+    measured_with = {**(session or {}), **whole(chosen)}
     return {
         "rows": rows,
-        "best": {"options": options, "settings": chosen, "python": python_settings(chosen, threads, providers)},
+        "best": {"options": options, "settings": chosen, "python": python_settings(measured_with, threads, providers)},
         "checked": checked,
     }
 
@@ -209,7 +210,7 @@ def _joined(better: Sequence[Json]) -> tuple[list[str], Json]:
 
 
 def python_settings(settings: Mapping[str, Any], threads: int, providers: Sequence[str]) -> str:
-    """The settings as the lines of Python that a user copies."""
+    """A measurement's settings, but for its CPUs, as the lines of Python that a user copies."""
     lines = [
         "options = onnxruntime.SessionOptions()",
         f"options.intra_op_num_threads = {settings.get('threads', threads)}",
@@ -218,12 +219,18 @@ def python_settings(settings: Mapping[str, Any], threads: int, providers: Sequen
         lines.append("options.enable_cpu_mem_arena = False")
     if not settings.get("memory_pattern", True):
         lines.append("options.enable_mem_pattern = False")
-    if "optimization" in settings:
-        level = f"ORT_ENABLE_{str(settings['optimization']).upper()}"
-        lines.append(f"options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.{level}")
+    level = settings.get("optimization", "all")
+    if level != "all":
+        name = "ORT_DISABLE_ALL" if level == "disabled" else f"ORT_ENABLE_{level.upper()}"
+        lines.append(f"options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.{name}")
+    if settings.get("execution") == "parallel":
+        lines.append("options.execution_mode = onnxruntime.ExecutionMode.ORT_PARALLEL")
+        lines.append(f"options.inter_op_num_threads = {settings['inter_op_threads']}")
     entries = settings.get("session", {}).items()
     lines += [f'options.add_session_config_entry("{key}", "{value}")' for key, value in entries]
-    lines.append(f'session = onnxruntime.InferenceSession("model.onnx", options, providers={list(providers)!r})')
+    own = settings.get("provider_options") or [{}] * len(providers)
+    named = [(name, dict(extra)) if extra else name for name, extra in zip(providers, own, strict=True)]
+    lines.append(f'session = onnxruntime.InferenceSession("model.onnx", options, providers={named!r})')
     return "\n".join(lines)
 
 
