@@ -260,6 +260,14 @@ def test_a_ratio_whose_interval_straddles_one_is_not_called_faster() -> None:
     assert (median["change"], median["change_from_baseline"]) == ("unclear", "5.83 times faster")
 
 
+@pytest.mark.parametrize("interval", [[1.0, 1.1], [0.9, 1.0]])
+def test_an_interval_that_ends_at_one_shows_no_difference(interval: list[float]) -> None:
+    profile = PROFILE | {"int8_speedup": {"ratio": sum(interval) / 2, "ci95": interval}}
+    median = next(row for row in summary.model_rows(profile) if row["label"] == "Latency, median")
+    assert median["change"] == "unclear"
+    assert "no difference in speed" in str(summary.speed_sentence(profile))
+
+
 def test_models_table_without_int8_compares_fp32_with_the_baseline() -> None:
     profile = _with_baseline(int8=False)
     assert [key for key, _ in summary.model_columns(profile)] == ["baseline", "fp32", "change_from_baseline"]

@@ -263,11 +263,31 @@ def test_a_budget_that_could_not_be_measured_is_open() -> None:
     assert judge(profile(cold_start_ms=None), cold_start_ms=50).verdict == "inconclusive"
 
 
-def test_a_model_that_outgrows_the_device_is_held() -> None:
-    small = Target.model_validate({"name": "t", "architecture": "x86_64", "memory_bytes": 64_000_000})
+@pytest.mark.parametrize(
+    ("memory", "expected"), [(64_000_000, "hold"), (90_500_000, "inconclusive"), (92_000_000, "ship")]
+)
+def test_a_model_that_outgrows_the_device_is_not_shipped(memory: int, expected: str) -> None:
+    """It takes 89 to 91 MB."""
+    small = Target.model_validate({"name": "t", "architecture": "x86_64", "memory_bytes": memory})
     verdict = decide(profile(), target=small, gates_missed=[], accuracy_drop=None)
-    assert verdict.verdict == "hold"
-    assert "the whole device has 64.0 MB" in verdict.missed[0]
+    assert verdict.verdict == expected
+    said = [reason for reason in verdict.reasons if f"the whole device has {memory / 1e6:.1f} MB" in reason]
+    assert len(said) == (expected != "ship")
+
+
+@pytest.mark.parametrize(
+    ("ratio", "shown"),
+    [
+        ((1.003, 1.001, 1.004), "takes 1.003 times as long as int8 (95 % interval 1.001 to 1.004)"),
+        ((0.92, 0.85, 0.996), "takes 0.92 times as long as int8 (95 % interval 0.85 to 0.996)"),
+        ((1.0, 0.98, 1.02), "takes 1.00 times as long as int8 (95 % interval 0.98 to 1.02)"),
+    ],
+)
+def test_an_end_beside_one_is_shown_beside_one(ratio: tuple[float, float, float], shown: str) -> None:
+    end_to_end = {"ratio": ratio[0], "ci95": list(ratio[1:])}
+    verdict = judge(profile(ratio=ratio) | {"end_to_end_speedup": end_to_end}, min_int8_speedup=None)
+    assert any(shown in reason for reason in verdict.reasons)
+    assert any(shown.replace(" as int8", "") in reason for reason in verdict.reasons)
 
 
 @pytest.mark.parametrize(

@@ -106,8 +106,8 @@ def _judge_speedup(profile: Json, target: Target, findings: _Findings) -> None:
         finding = "is slower"
     weakness = ", but not by enough" if low > 1 and high < least else ""
     text = (
-        f"Int8 {finding} than fp32{weakness}: fp32 takes {speedup['ratio']:.2f} times as long as int8 "
-        f"(95 % interval {low:.2f} to {high:.2f})"
+        f"Int8 {finding} than fp32{weakness}: fp32 takes {_times(speedup['ratio'])} times as long as int8 "
+        f"(95 % interval {_times(low)} to {_times(high)})"
     )
     text += "" if budget is None else f"; the target asks for at least {budget:g}"
     if low < least <= high:
@@ -129,7 +129,9 @@ def _remark_on_the_way_from_the_baseline(name: str, profile: Json, findings: _Fi
     if speedup.get("ratio") is None:
         return
     low, high = speedup["ci95"]
-    measured = f"the baseline takes {speedup['ratio']:.2f} times as long (95 % interval {low:.2f} to {high:.2f})"
+    measured = (
+        f"the baseline takes {_times(speedup['ratio'])} times as long (95 % interval {_times(low)} to {_times(high)})"
+    )
     subject = name.capitalize()
     if low > 1:
         findings.met.append(f"{subject} is faster than the baseline: {measured}.")
@@ -203,9 +205,12 @@ def _judge_intervals(name: str, model: Json, target: Target, findings: _Findings
         ("Cold start (load and first inference)", "cold_start_ms", budgets.cold_start_ms, _milliseconds),
     ):
         quantities.append((label, model.get(key), model.get(f"{key}_range"), limit, unit, "range"))
-    if target.memory_bytes is not None and (model.get("peak_rss_bytes_range") or [0])[0] > target.memory_bytes:
+    least, most = model.get("peak_rss_bytes_range") or (0, 0)
+    if target.memory_bytes is not None and most > target.memory_bytes:
         peak, memory = _megabytes(model["peak_rss_bytes"]), _megabytes(target.memory_bytes)
-        findings.missed.append(f"Peak memory of {name} is {peak}; the whole device has {memory}.")
+        text = f"Peak memory of {name} is {peak} (range {_megabytes(least)} to {_megabytes(most)})"
+        beyond = findings.missed if least > target.memory_bytes else findings.doubts
+        beyond.append(f"{text}; the whole device has {memory}.")
     # Where other processes took the CPU away, the clock alone cannot tell that the model is too slow.
     alone = latency.get("on_cpu_p50") if crowded else None
     for what, value, interval, budget, show, kind in quantities:
@@ -226,6 +231,12 @@ def _judge_intervals(name: str, model: Json, target: Target, findings: _Findings
             findings.doubts.append(f"{text}, which lies within the {kind}.")
         else:
             findings.met.append(f"{text}.")
+
+
+def _times(ratio: float) -> str:
+    """Two decimals, and a third where they would hide on which side of 1 it lies."""
+    text = f"{ratio:.2f}"
+    return f"{ratio:.3f}" if text == "1.00" and ratio != 1 else text
 
 
 def _points(fraction: float) -> str:

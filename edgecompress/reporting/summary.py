@@ -96,8 +96,8 @@ def model_rows(profile: Json) -> list[dict[str, Any]]:
             row[key] = change_text(values[before], values[after], less=less, more=more)
             ratio = number(section(profile, speedup).get("ratio"))
             if keys == ("latency_ms", "p50") and ratio is not None:  # paired, so closer than two medians
-                low, high = _interval(section(profile, speedup).get("ci95")) or (ratio, ratio)
-                straddles = low < 1 < high
+                interval = _interval(section(profile, speedup).get("ci95"))
+                straddles = interval is not None and interval[0] <= 1 <= interval[1]
                 row[key] = "unclear" if straddles else change_text(ratio, 1, less=less, more=more)
         rows.append(row)
     return rows
