@@ -268,6 +268,18 @@ def test_an_interval_that_ends_at_one_shows_no_difference(interval: list[float])
     assert "no difference in speed" in str(summary.speed_sentence(profile))
 
 
+@pytest.mark.parametrize(
+    ("of_int8", "expected"),
+    [([9.9, 12.9], "unclear"), ([11.9, 12.9], "1.32 times slower"), (None, "1.32 times slower")],
+)
+def test_fresh_processes_that_overlap_are_not_called_slower(of_int8: list[float] | None, expected: str) -> None:
+    """fp32 took 9 to 11 ms to load: a file beside itself would differ as much."""
+    models = {name: dict(model) for name, model in PROFILE["models"].items()}
+    models["fp32"]["load_ms_range"], models["int8"]["load_ms_range"] = [9.0, 11.0], of_int8
+    rows = {row["label"]: row for row in summary.model_rows({**PROFILE, "models": models})}
+    assert rows["Load time"]["change"] == expected
+
+
 def test_models_table_without_int8_compares_fp32_with_the_baseline() -> None:
     profile = _with_baseline(int8=False)
     assert [key for key, _ in summary.model_columns(profile)] == ["baseline", "fp32", "change_from_baseline"]

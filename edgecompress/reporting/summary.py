@@ -80,7 +80,8 @@ def model_rows(profile: Json) -> list[dict[str, Any]]:
     """What was measured, as texts: `label`, `baseline`, `fp32`, `int8`, and how they compare.
 
     `change` says how int8 compares with fp32, `change_from_baseline` how the model that ships compares with the
-    baseline. Rows for which no model has a value are left out.
+    baseline; "unclear" where the interval of their ratio holds 1, or the ranges over fresh processes overlap. Rows for
+    which no model has a value are left out.
     """
     changes = {
         "change": ("fp32", "int8", "int8_speedup"),
@@ -92,8 +93,11 @@ def model_rows(profile: Json) -> list[dict[str, Any]]:
         if all(value is None for value in values.values()):
             continue
         row = {"label": label} | {name: quantity_text(value, "_".join(keys)) for name, value in values.items()}
+        ranges = {name: _interval(section(profile, "models", name).get(f"{keys[-1]}_range")) for name in _MODELS}
         for key, (before, after, speedup) in changes.items():
             row[key] = change_text(values[before], values[after], less=less, more=more)
+            if row[key].endswith((less, more)) and _overlap(ranges[before], ranges[after]):
+                row[key] = "unclear"
             ratio = number(section(profile, speedup).get("ratio"))
             if keys == ("latency_ms", "p50") and ratio is not None:  # paired, so closer than two medians
                 interval = _interval(section(profile, speedup).get("ci95"))
@@ -101,6 +105,10 @@ def model_rows(profile: Json) -> list[dict[str, Any]]:
                 row[key] = "unclear" if straddles else change_text(ratio, 1, less=less, more=more)
         rows.append(row)
     return rows
+
+
+def _overlap(one: tuple[float, float] | None, other: tuple[float, float] | None) -> bool:
+    return one is not None and other is not None and one[0] <= other[1] and other[0] <= one[1]
 
 
 def shipped_model(profile: Json) -> Literal["fp32", "int8"]:
