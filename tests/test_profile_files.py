@@ -98,7 +98,14 @@ def test_a_fixed_batch_counts_all_of_its_images(tmp_path: Path, monkeypatch: pyt
     model = document["models"]["four"]
     assert (model["batch"], model["batch_is_fixed"]) == (4, True)
     assert model["throughput_per_s"] == pytest.approx(2000.0)
+    assert document["method"]["batch"] == 4
     assert any("4 images at a time" in note for note in document["notes"])
+    invented(monkeypatch, {"four": 2.0, "net": 2.0})
+    both = [four, residual_net(tmp_path / "net.onnx")]
+    assert profile_files(both, target=here(), seconds=1.0, depth=LATENCY_ALONE)["method"]["batch"] == {
+        "four": 4,
+        "net": 1,
+    }
 
 
 def _two_inputs(path: Path) -> Path:

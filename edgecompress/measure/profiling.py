@@ -165,7 +165,7 @@ def measure_side_by_side(
         name: {**_timing(latency, name, images[name]), **_loading(fresh[name]), **static[name]} for name in paths
     }
     document["noise"] = _noise(latency)
-    document["method"] = _method(latency, target, next(iter(fresh.values())).processes, thoroughness)
+    document["method"] = _method(latency, target, next(iter(fresh.values())).processes, thoroughness, images)
     if thoroughness == "quick":
         document["notes"].append("Measured with --quick: intervals are wide; decide on a run without it.")
     document["notes"] += _noise_notes(document["noise"])
@@ -332,13 +332,20 @@ def _noise_notes(noise: Json) -> list[str]:
     return notes
 
 
-def _method(measurement: LatencyMeasurement, target: Target, fresh_processes: int, thoroughness: str) -> Json:
+def _method(
+    measurement: LatencyMeasurement,
+    target: Target,
+    fresh_processes: int,
+    thoroughness: str,
+    images: Mapping[str, int],
+) -> Json:
+    """How it was measured; `images` of one inference by model, of which `batch` is made, one number where it can be."""
     return {
         "processes": measurement.processes,
         "windows_per_model": measurement.windows,
         "inferences": {name: len(measurement.latencies_ms(name)) for name in measurement.windows_ms},
         "window_ms_at_most": WINDOW_MS,
-        "batch": 1,
+        "batch": next(iter(images.values())) if len(set(images.values())) == 1 else dict(images),
         "threads": target.threads,
         "providers": list(target.providers),
         "graph_optimization": target.session.optimization,
