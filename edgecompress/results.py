@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from edgecompress.errors import RunError
 from edgecompress.run_directory import Json, RunDirectory, read_json
-from edgecompress.settings.gates import missed_gates
+from edgecompress.settings.gates import begun_exports, missed_gates
 
 _FILES = {"baseline": "baseline.onnx", "fp32": "model.onnx", "int8": "model.int8.onnx"}
 
@@ -222,7 +222,7 @@ def _read_result(run: RunDirectory, is_first_process: bool) -> RunResult:
         status=str(manifest["status"]),
         stages=tuple(_stage(run, entry) for entry in manifest["stages"]),
         baseline_accuracy=_estimate(manifest.get("baseline") or {}, "accuracy"),
-        parity={parity.target: parity for parity in parities},
+        parity={parity.target: parity for parity in parities if parity.target not in begun_exports(manifest)},
         profiles=profiles,
         reports={name: ReportFiles(*paths) for name, paths in files.items()},
         missed=tuple(dict.fromkeys(missed)),

@@ -232,11 +232,12 @@ class RunDirectory:
         return known | {name: sha256_of(p) for p, name in whole if name not in skipped and name not in known}
 
     @contextmanager
-    def replacing(self, place: Path) -> Iterator[None]:
+    def replacing(self, place: Path, *, meanwhile: Callable[[Json], None] | None = None) -> Iterator[None]:
         """Within the block the file or folder `place` is replaced: run.json names none of it, so a crash leaves no lie.
 
-        Afterwards it is named with its new hashes, also where the block ends in an error. Hashes of other files stay as
-        they are. Does nothing for a place outside of the run.
+        Afterwards it is named with its new hashes, also where the block ends in an error. `meanwhile` changes what else
+        run.json says of the place, in the same write that forgets its hashes; the block itself puts that right at its
+        end. Hashes of other files stay as they are. Does nothing for a place outside of the run.
         """
         if not place.resolve().is_relative_to(self.path.resolve()):
             yield
@@ -247,6 +248,8 @@ class RunDirectory:
             recorded = manifest.get("artifacts") or {}
             kept = {k: v for k, v in recorded.items() if k != name and not k.startswith(f"{name}/")}
             manifest["artifacts"] = kept
+            if meanwhile is not None:
+                meanwhile(manifest)
 
         def record(manifest: Json) -> None:
             manifest["artifacts"] = self.artifacts(manifest.get("artifacts"))

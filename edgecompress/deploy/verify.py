@@ -17,6 +17,7 @@ from edgecompress.deploy.archive import READ_ERRORS, refusals, unpack
 from edgecompress.device.infer import MANIFEST, BundleError, read_manifest, self_test, self_test_lines
 from edgecompress.errors import ModelError, RunError
 from edgecompress.run_directory import Json, open_run, sha256_of
+from edgecompress.settings.gates import begun_exports
 
 _RUN_FILES_WITHOUT_HASH = {"run.json", "metrics.jsonl"}
 
@@ -125,6 +126,7 @@ def _verify_run(path: Path) -> Verification:
     found = _compare(path, recorded, without_hash=_RUN_FILES_WITHOUT_HASH, with_hidden=False)
     status = manifest["status"]
     notes = [] if status == "complete" else [f"the run's status is '{status}': its manifest may be behind its files"]
+    notes += begun_exports(manifest).values()
     return replace(found, notes=notes)
 
 

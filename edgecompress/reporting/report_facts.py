@@ -21,6 +21,7 @@ from edgecompress.reporting.report_time import time_facts
 from edgecompress.reporting.report_trust import trust_facts
 from edgecompress.reporting.summary import Json, entries, section
 from edgecompress.run_directory import SCHEMA_VERSION, RunDirectory, read_json
+from edgecompress.settings.gates import begun_exports
 
 _INT8_FILES = ("placement.json", "sensitivity.json", "debug.json")
 
@@ -33,7 +34,8 @@ def report_document(run: RunDirectory, target: str) -> dict[str, Any]:
     """
     manifest = run.read_manifest()
     export = run.export_for(target)
-    parity = _read_if_there(export / "parity.json")
+    is_begun = target in begun_exports(manifest)  # then parity.json speaks of files that may be gone
+    parity = None if is_begun else _read_if_there(export / "parity.json")
     profile = _read_if_there(run.profile_path(target))
     placement, sensitivity, debug = (_of_the_int8_stage(run, manifest, name) for name in _INT8_FILES)
     stages = summary.stage_rows(manifest)

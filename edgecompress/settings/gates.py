@@ -12,6 +12,8 @@ from typing import Any, Literal
 from edgecompress.run_directory import Json
 from edgecompress.settings.target import SPEED_BUDGET
 
+EXPORT_COMPLETE = "export_complete"
+
 
 @dataclass(frozen=True)
 class Gate:
@@ -34,6 +36,29 @@ def record_gates(manifest: Json, gates: list[Gate], *, step: str, target: str | 
     """Replace the gates of a step (and target) by new ones."""
     others = [g for g in manifest.setdefault("gates", []) if not (g["step"] == step and g["target"] == target)]
     manifest["gates"] = [*others, *(gate.to_dict() for gate in gates)]
+
+
+def record_begun_export(manifest: Json, target: str) -> None:
+    """Say that an export for a target replaces its files: what was found about the earlier ones holds no longer.
+
+    Until the export records its own gates, the one that stands in their place is missed.
+    """
+    sentence = (
+        f"The last export for {target} was begun and not completed: its files may be of two exports, and no parity "
+        "was checked on them; give the export again."
+    )
+    gate = Gate(EXPORT_COMPLETE, False, True, False, sentence, step="export", target=target)
+    record_gates(manifest, [gate], step="export", target=target)
+    manifest.setdefault("exports", {}).pop(target, None)
+
+
+def begun_exports(manifest: Mapping[str, Any]) -> dict[str, str]:
+    """The targets whose last export was not completed, each with the sentence that says so."""
+    return {
+        str(gate.get("target")): str(gate.get("sentence"))
+        for gate in manifest.get("gates") or []
+        if gate.get("gate") == EXPORT_COMPLETE and gate.get("passed") is False
+    }
 
 
 def missed_gates(

@@ -52,7 +52,7 @@ from edgecompress.measure.integer_graph import inspect_integer_graph
 from edgecompress.models.checkpoint import Checkpoint, example_input, load_checkpoint, rebuild
 from edgecompress.models.onnx_files import read_onnx
 from edgecompress.run_directory import Json, RunDirectory, versioned, write_json
-from edgecompress.settings.gates import Gate, record_gates
+from edgecompress.settings.gates import Gate, record_begun_export, record_gates
 from edgecompress.settings.recipe import QatStage, QuantizeStage, Recipe
 from edgecompress.settings.target import Target
 from edgecompress.stages.train_stages import PreparedSplits, qat_stage
@@ -126,7 +126,7 @@ def export_run(
             form=PIXEL_FORM if with_preprocessing else FLOAT_FORM,
             answers=answers,
         )
-        with run.replacing(folder):
+        with run.replacing(folder, meanwhile=lambda m: record_begun_export(m, target.name)):
             parity = _export_and_compare(work, int8=int8, ort=ort)
             save_samples(work.split, work.preprocessing, folder, work.form)
             gates = parity_gates(parity, target)
