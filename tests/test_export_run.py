@@ -92,6 +92,32 @@ def test_an_interrupted_export_leaves_no_gate_of_the_earlier_one(
     assert verify(run.path).notes == []
 
 
+def test_an_export_without_int8_leaves_no_int8_file_behind(
+    run: RunDirectory, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its gates go with its part of parity.json, so nothing would speak against a file that misses them."""
+    (run.export / "flipped").mkdir(exist_ok=True)
+    (run.export / "flipped" / "0.png").write_bytes(b"")
+    pipeline.export(run.path, target=_here(run))
+    said = " ".join(capsys.readouterr().err.split())
+    assert said.startswith("warning: ")
+    assert f"{run.export}/model.int8.onnx of an earlier export goes" in said
+    left = [name for name in run.read_manifest()["artifacts"] if name.startswith("export/")]
+    assert sorted(left) == [f"export/{name}" for name in ("model.onnx", "parity.json", "samples.npy")]
+    assert verify(run.path).ok
+
+
+def test_a_model_without_a_parity_record_is_not_presented_as_proved(run: RunDirectory) -> None:
+    (run.export / "parity.json").write_text(json.dumps({k: v for k, v in _parity(run).items() if k != "onnx_int8"}))
+    unproved = "model.int8.onnx has no parity record"
+    profile = pipeline.profile(run.path, target=_here(run), seconds=0.1, thoroughness="quick").profiles["here"]
+    assert profile["verdict"] == "hold"
+    assert profile["reasons"][0].startswith(unproved)
+    _, made = pipeline.bundle(run.path, target=_here(run), output=None, preprocessing_inside=False)
+    assert made.caution is not None
+    assert made.caution.startswith(f"DO NOT SHIP: a gate was missed: {unproved}")
+
+
 def test_a_killed_export_leaves_no_gate_of_the_earlier_one(run: RunDirectory) -> None:
     """What run.json says while files change is what a kill would leave."""
     seen = []

@@ -83,7 +83,10 @@ def apply(
 @app.command()
 def export(
     run: RunArgument = None,
-    int8: Annotated[bool, typer.Option("--int8", help="Write the int8 file too, and check its parity.")] = False,
+    int8: Annotated[
+        bool,
+        typer.Option("--int8", help="Write the int8 file too, and check its parity; without it an earlier one goes."),
+    ] = False,
     with_preprocessing: PreprocessingOption = False,
     ort: Annotated[
         bool, typer.Option("--ort", help="Write ORT format too, for mobile and minimal builds of ONNX Runtime.")

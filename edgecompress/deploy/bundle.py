@@ -23,6 +23,7 @@ from edgecompress.deploy.bundle_text import model_facts_header, readme_text
 from edgecompress.deploy.expected_results import write_expected
 from edgecompress.device.infer import KIND, MANIFEST, SCHEMA_VERSION, BundleError, self_test
 from edgecompress.errors import ExportError, ModelError, RunError
+from edgecompress.exporting.parity import without_parity
 from edgecompress.exporting.preprocessing_graph import PIXEL_FORM, embed_preprocessing, input_form
 from edgecompress.exporting.samples import read_prepared
 from edgecompress.models.onnx_files import read_onnx
@@ -131,7 +132,7 @@ def fill_folder(
         "made_with": {"edgecompress": __version__, "export": metadata["versions"]},
         "onnxruntime_min": target.onnxruntime_min,
         "python_min": PYTHON_MIN,
-        "verdict": _verdict(run, target, manifest),
+        "verdict": _verdict(run, target, manifest, exported),
         "default_model": "int8" if "int8" in models else "fp32",
         "labels": "labels.txt",
         "classes": len(metadata["labels"]),
@@ -280,14 +281,15 @@ def _one_line(label: str) -> str:
     return label.replace("\\", "\\\\").replace("\n", "\\n").replace("\r", "\\r") if set(label) & set("\n\r") else label
 
 
-def _verdict(run: RunDirectory, target: Target, manifest: Json) -> Json:
+def _verdict(run: RunDirectory, target: Target, manifest: Json, exported: Path) -> Json:
     path = run.profile_path(target.name)
     profile = read_json(path) if path.is_file() else {}
     judged = [target.name] if profile.get("measured") else []
+    missed = [*without_parity(exported), *missed_gates(manifest, target.name, without_speed_on=judged)]
     return {
         "verdict": profile.get("verdict"),
         "measured": bool(profile.get("measured")),
         "reasons": list(profile.get("reasons", [])),
         "missed": list(profile.get("missed", [])),
-        "gates_missed": missed_gates(manifest, target.name, without_speed_on=judged),
+        "gates_missed": missed,
     }

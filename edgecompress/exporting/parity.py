@@ -19,6 +19,7 @@ from edgecompress.data.run_data import PreparedSplit
 from edgecompress.errors import ParityError
 from edgecompress.exporting.onnx_export import INPUT_NAME, OUTPUT_NAME, open_session
 from edgecompress.exporting.significance import SIGNIFICANT, images_needed, mcnemar, p_of_drop
+from edgecompress.run_directory import read_json
 from edgecompress.settings.recipe import Gates
 
 Logits = NDArray[np.float32]
@@ -214,6 +215,17 @@ def worst_class(rows: list[dict[str, Any]], gates: Gates) -> dict[str, Any]:
         "sentence": f"{named[0].upper()}{named[1:]}." if drop > 0 else "No class loses accuracy by int8.",
         "checks": [at_most("max_class_accuracy_drop", max(0.0, *proven), limit, f"{named[0].upper()}{named[1:]}")],
     }
+
+
+def without_parity(folder: Path) -> list[str]:
+    """A sentence for each model file of an export's folder of which its parity.json says nothing."""
+    path = folder / "parity.json"
+    known = read_json(path) if path.is_file() else {}
+    return [
+        f"{name} has no parity record, so nothing proves its answers; export again with --int8."
+        for name, part in (("model.onnx", "onnx_fp32"), ("model.int8.onnx", "onnx_int8"))
+        if (folder / name).is_file() and part not in known
+    ]
 
 
 def require_finite(logits: Logits, what: str) -> None:

@@ -20,7 +20,7 @@ from edgecompress import console
 from edgecompress.data.images import PreparedSplit
 from edgecompress.data.preprocessing import Preprocessing
 from edgecompress.data.run_data import ImageData, open_data
-from edgecompress.exporting.answer_changes import answer_changes, flipped_images
+from edgecompress.exporting.answer_changes import PICTURES, answer_changes, flipped_images
 from edgecompress.exporting.answers import LOGITS_ALONE, Answers, append_answers, compare_answers
 from edgecompress.exporting.divergence import first_divergence
 from edgecompress.exporting.onnx_export import OUTPUT_NAME, Provenance, export_onnx, export_with_preprocessing
@@ -42,7 +42,7 @@ from edgecompress.exporting.parity_variants import (
     compare_variants,
     compare_with_preprocessing,
 )
-from edgecompress.exporting.preprocessing_graph import FLOAT_FORM, PIXEL_FORM, InputForm, input_form
+from edgecompress.exporting.preprocessing_graph import FLOAT_FORM, PIXEL_FORM, InputForm
 from edgecompress.exporting.samples import save_samples
 from edgecompress.int8.conv_kernels import choose_conv_kernels, use_matrix_products
 from edgecompress.int8.quantized_model import QuantizedModel, load_quantized
@@ -50,7 +50,6 @@ from edgecompress.int8.scheme import Scheme, resolve_scheme
 from edgecompress.machine import versions
 from edgecompress.measure.integer_graph import inspect_integer_graph
 from edgecompress.models.checkpoint import Checkpoint, example_input, load_checkpoint, rebuild
-from edgecompress.models.onnx_files import read_onnx
 from edgecompress.run_directory import Json, RunDirectory, versioned, write_json
 from edgecompress.settings.gates import Gate, record_begun_export, record_gates
 from edgecompress.settings.recipe import QatStage, QuantizeStage, Recipe
@@ -189,6 +188,7 @@ class _Work:
 def _export_and_compare(work: _Work, *, int8: bool, ort: bool) -> Json:
     """Write the files of one target; returns parity.json without its failures."""
     recipe, gates, indices = work.recipe, work.recipe.gates, work.indices
+    stale = [] if int8 else _earlier_int8(work)
     console.note(f"exporting fp32 ONNX to {work.folder / FP32_FILE}")
     rewrites = work.export(work.float_model.module, FP32_FILE, work.float_model, precision="float32")
     baseline = _export_baseline(work)
@@ -233,8 +233,8 @@ def _export_and_compare(work: _Work, *, int8: bool, ort: bool) -> Json:
         for path in [*files.values(), *([work.folder / BASELINE_FILE] if baseline else [])]:
             append_answers(path, work.answers)
         parity["answers"] = compare_answers(files, subset, work.answers, whole_images=work.form == PIXEL_FORM)
-    if not int8:
-        _remove_other_form(work)
+    for path in stale:
+        path.unlink()
     _write_ort_format(work, parity, chosen, subset, wanted=ort)
     return parity
 
@@ -303,17 +303,16 @@ def _name_the_layer(work: _Work, part: Json, subset: Subset) -> None:
             check["sentence"] += words
 
 
-def _remove_other_form(work: _Work) -> None:
-    """Remove an int8 file of an earlier export that reads or gives something else than the fp32 file does now."""
-    stale = work.folder / INT8_FILE
-    if not stale.is_file():
-        return
-    earlier = read_onnx(stale)
-    if input_form(earlier) != work.form or [value.name for value in earlier.graph.output] != _outputs(work):
-        stale.unlink()
-        console.warn(
-            f"{stale}: removed, its input or its outputs are others than this export's; export with --int8 to have both"
-        )
+def _earlier_int8(work: _Work) -> list[Path]:
+    """The files about int8 of an earlier export, which an export without int8 removes, and says so first.
+
+    Nothing compares them with the new fp32 file, whose form may be another one, and parity.json will not know them.
+    """
+    path = work.folder / INT8_FILE
+    if not path.is_file():
+        return []
+    console.warn(f"{path} of an earlier export goes: without --int8 nothing proves it; export with --int8 to have both")
+    return [path, *(work.folder / PICTURES).glob("*.png")]
 
 
 def _outputs(work: _Work) -> list[str]:

@@ -13,6 +13,7 @@ from edgecompress.deploy.bundle import fill_folder
 from edgecompress.deploy.connection import Host
 from edgecompress.deploy.remote import measure_on
 from edgecompress.errors import RunError
+from edgecompress.exporting.parity import without_parity
 from edgecompress.exporting.preprocessing_graph import InputForm, input_form
 from edgecompress.exporting.samples import latency_note, measuring_input
 from edgecompress.measure.explanation import Depth
@@ -67,10 +68,11 @@ def profile_run(
     note = latency_note(folder if host is None and results is None else None, form)
     profile |= {"input_form": form, "notes": [*([note] if note and profile["measured"] else []), *profile["notes"]]}
     judged_speed = [target.name] if profile["measured"] else []
+    missed = [*without_parity(folder), *missed_gates(manifest, target.name, without_speed_on=judged_speed)]
     verdict = decide(
         profile,
         target=target,
-        gates_missed=[*failed, *missed_gates(manifest, target.name, without_speed_on=judged_speed)],
+        gates_missed=[*failed, *missed],
         accuracy_drop=_accuracy_drop(manifest, "int8" in present),
     )
     judged = [] if "int8" in present else ["No int8 file was exported for this target; what is judged is fp32."]
