@@ -20,12 +20,14 @@ from edgecompress.settings.gates import missed_gates
 from edgecompress.steps import export_run
 from tiny_run import RECIPE, TARGET
 
+TRAINED = RECIPE.replace("max_train_samples: 64", "max_train_samples: 600").replace("epochs: 1", "epochs: 8")
+
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run with an int8 export, and of its target."""
     folder = tmp_path_factory.mktemp("exported")
-    (folder / "recipe.yaml").write_text(RECIPE + "gates: {int8_min_top1_agreement: 0.1}\n")
+    (folder / "recipe.yaml").write_text(TRAINED + "gates: {int8_min_top1_agreement: 0.1}\n")
     elsewhere = "aarch64" if architecture() == "x86_64" else "x86_64"  # so that a profile times nothing
     (folder / "here.yaml").write_text(TARGET.format(architecture=elsewhere))
     pipeline.apply(str(folder / "recipe.yaml"), target=str(folder / "here.yaml"), output=folder / "run")
@@ -116,6 +118,37 @@ def test_a_model_without_a_parity_record_is_not_presented_as_proved(run: RunDire
     _, made = pipeline.bundle(run.path, target=_here(run), output=None, preprocessing_inside=False)
     assert made.caution is not None
     assert made.caution.startswith(f"DO NOT SHIP: a gate was missed: {unproved}")
+
+
+def test_int8_quantized_again_is_judged_by_its_own_accuracy(run: RunDirectory) -> None:
+    """Another scheme with ranges that cut off most values: the accuracy of the quantize stage is not this file's."""
+    other = run.path.parent / "other.yaml"
+    budget = "budgets: {max_accuracy_drop: 0.05}\n"
+    other.write_text(
+        Path(_here(run)).read_text().replace("here", "other").replace("symmetric", "symmetric, weight_bits: 7") + budget
+    )
+    spoilt = ("calibration.method=percentile", "calibration.percentile=51")
+    overrides = (
+        *(f"stages.int8.{text}" for text in spoilt),
+        "gates.int8_min_top1_agreement=0",
+        "gates.max_samples=200",
+    )
+    pipeline.export(run.path, target=str(other), int8=True, overrides=overrides)
+    parity = json.loads((run.export / "other" / "parity.json").read_text())
+    found = parity["onnx_int8_against_first"]
+    assert found["model"] == "dense"
+    assert found["accuracy_int8"] == parity["onnx_int8"]["accuracy_int8"] < 0.5 < found["accuracy"]
+    assert found["accuracy"] == pytest.approx(parity["onnx_int8"]["accuracy_fp32"])  # on the same 200 images
+    (gate,) = [g for g in run.read_manifest()["gates"] if (g["gate"], g["target"]) == ("max_accuracy_drop", "other")]
+    assert (gate["step"], gate["passed"], gate["value"]) == ("export", False, found["accuracy_drop"])
+    assert gate["sentence"] in missed_gates(run.read_manifest(), "other")
+    profile = pipeline.profile(run.path, target=str(other), seconds=0.1, thoroughness="quick").profiles["other"]
+    assert profile["accuracy_drop"] == found["accuracy_drop"]
+    assert any(text.startswith("Accuracy drops by") for text in profile["missed"])
+    (row,) = [row for row in report_document(run, "other")["decision"]["budgets"] if row["name"] == "max_accuracy_drop"]
+    assert (row["value"], row["met"]) == (found["accuracy_drop"], False)
+
+    assert "onnx_int8_against_first" not in _parity(run)  # the stage's own model, which apply judged
 
 
 def test_a_killed_export_leaves_no_gate_of_the_earlier_one(run: RunDirectory) -> None:

@@ -133,6 +133,33 @@ def compare_int8(
     }
 
 
+def compare_with_first(
+    first_logits: Logits, int8_logits: Logits, labels: NDArray[np.int64], gates: Gates, *, first: str, target: str
+) -> dict[str, Any]:
+    """An int8 file that was quantized again for a target, against the recipe's first model on the same images.
+
+    The `onnx_int8_against_first` part of parity.json. `apply` judged another int8 model; its gate says nothing of this
+    one. `first` names the stage of the first model.
+    """
+    before, after = (int(np.sum(logits.argmax(axis=1) == labels)) for logits in (first_logits, int8_logits))
+    drop = (before - after) / len(labels)
+    check = at_most(
+        "max_accuracy_drop",
+        drop,
+        gates.max_accuracy_drop,
+        f"The int8 model quantized again for {target} has accuracy {after / len(labels):.2%}, {drop * 100:.2f} points "
+        f"below the {first} model's {before / len(labels):.2%} on the same images",
+    )
+    return {
+        "model": first,
+        "accuracy": before / len(labels),
+        "accuracy_int8": after / len(labels),
+        "accuracy_drop": drop,
+        "passed": check["passed"],
+        "checks": [check],
+    }
+
+
 def at_most(gate: str, value: float, limit: float, sentence: str) -> dict[str, Any]:
     """A check that a value does not exceed the gate of that name, with its sentence."""
     text = f"{sentence} (at most {limit:g}, gates.{gate})."

@@ -30,6 +30,7 @@ from edgecompress.exporting.parity import (
     class_changes,
     compare_float,
     compare_int8,
+    compare_with_first,
     constant_predictions,
     only_answer,
     run_onnx,
@@ -245,7 +246,8 @@ def _export_int8(work: _Work, parity: Json, onnx_logits: Logits, labels: NDArray
     stage = recipe.quantize_stage
     scheme, why = resolve_scheme(stage, target)
     work.run.update_manifest(lambda m: record_decision(m, f"int8_scheme:{target.name}", scheme.to_dict(), why))
-    model, torch_int8_logits = _int8_model(work, stage, scheme)
+    is_new = not _is_the_stages_model(work, stage, scheme)
+    model, torch_int8_logits = (_quantized_again if is_new else _stage_model)(work, stage, scheme)
     console.note(f"exporting int8 ONNX to {work.folder / INT8_FILE}")
     work.export(model.graph, INT8_FILE, work.float_model, precision="int8", scheme=str(scheme.to_dict()))
     path = work.plain / INT8_FILE
@@ -259,6 +261,12 @@ def _export_int8(work: _Work, parity: Json, onnx_logits: Logits, labels: NDArray
         "float_layers": list(model.float_layers),
         "matrix_product_convs": kernels,
     }
+    if is_new:
+        first = str(work.manifest["baseline"]["id"])
+        first_logits = load_logits(work.run, first)[work.indices]
+        parity["onnx_int8_against_first"] = compare_with_first(
+            first_logits, int8_logits, labels, recipe.gates, first=first, target=target.name
+        )
     parity["classes"] = class_changes(onnx_logits, int8_logits, labels, work.data.class_names)
     parity |= answer_changes(onnx_logits, int8_logits, labels, work.data.class_names)
     parity["flipped"] = flipped_images(
@@ -353,17 +361,24 @@ def _export_baseline(work: _Work) -> bool:
     return True
 
 
-def _int8_model(work: _Work, stage: QuantizeStage, scheme: Scheme) -> tuple[QuantizedModel, Logits]:
-    """The quantize stage's model where scheme and settings are the same; else quantized again for this target."""
+def _is_the_stages_model(work: _Work, stage: QuantizeStage, scheme: Scheme) -> bool:
+    """Whether the quantize stage's model is what this export asks for: scheme and settings are the same."""
+    recorded: Json = next((entry for entry in work.manifest["stages"] if entry["id"] == stage.id), {})
+    same_settings = stage == recipe_of(work.manifest).quantize_stage
+    return recorded.get("status") == "complete" and recorded.get("scheme") == scheme.to_dict() and same_settings
+
+
+def _stage_model(work: _Work, stage: QuantizeStage, _: Scheme) -> tuple[QuantizedModel, Logits]:
+    folder = work.run.stage(stage.id)
+    base, description = rebuild(folder)
+    model = load_quantized(folder, base.module, description, example_input(base.architecture))
+    return model, load_logits(work.run, stage.id)[work.indices]
+
+
+def _quantized_again(work: _Work, stage: QuantizeStage, scheme: Scheme) -> tuple[QuantizedModel, Logits]:
+    """The last float model quantized for this target, as the quantize stage would."""
     run, manifest, recipe, data, splits = work.run, work.manifest, work.recipe, work.data, work.splits
     float_model, indices = work.float_model, work.indices
-    recorded: Json = next((entry for entry in manifest["stages"] if entry["id"] == stage.id), {})
-    same_settings = stage == recipe_of(manifest).quantize_stage
-    if recorded.get("status") == "complete" and recorded.get("scheme") == scheme.to_dict() and same_settings:
-        base, description = rebuild(run.stage(stage.id))
-        example = example_input(base.architecture)
-        model = load_quantized(run.stage(stage.id), base.module, description, example)
-        return model, load_logits(run, stage.id)[indices]
     console.note(
         f"quantizing again: this target wants {scheme.activations} activations, {scheme.weight_bits}-bit weights"
     )
@@ -401,7 +416,8 @@ def parity_gates(parity: Json, target: Target) -> list[Gate]:
             + ", so parity proves nothing.",
         }
     ]
-    for part in ("onnx_fp32", "onnx_int8", "worst_class", "with_preprocessing", "answers", "ort_format"):
+    parts = ("onnx_fp32", "onnx_int8", "onnx_int8_against_first", "worst_class")
+    for part in (*parts, "with_preprocessing", "answers", "ort_format"):
         checks += parity.get(part, {}).get("checks", [])
     for part in parity.get("variants", {}).values():
         checks += part["checks"]

@@ -22,7 +22,7 @@ from edgecompress.measure.profiling import profile_models
 from edgecompress.measure.verdict import decide
 from edgecompress.models.checkpoint import rebuild
 from edgecompress.models.onnx_files import read_onnx
-from edgecompress.run_directory import Json, RunDirectory, versioned
+from edgecompress.run_directory import Json, RunDirectory, read_json, versioned
 from edgecompress.settings.gates import missed_gates
 from edgecompress.settings.target import Target
 from edgecompress.steps.export_run import BASELINE_FILE
@@ -69,14 +69,16 @@ def profile_run(
     profile |= {"input_form": form, "notes": [*([note] if note and profile["measured"] else []), *profile["notes"]]}
     judged_speed = [target.name] if profile["measured"] else []
     missed = [*without_parity(folder), *missed_gates(manifest, target.name, without_speed_on=judged_speed)]
+    accuracy_drop = _accuracy_drop(manifest, folder, has_int8="int8" in present)
     verdict = decide(
         profile,
         target=target,
         gates_missed=[*failed, *missed],
-        accuracy_drop=_accuracy_drop(manifest, "int8" in present),
+        accuracy_drop=accuracy_drop,
     )
     judged = [] if "int8" in present else ["No int8 file was exported for this target; what is judged is fp32."]
     profile = versioned(profile) | {
+        "accuracy_drop": accuracy_drop,
         "verdict": verdict.verdict,
         "reasons": [*judged, *verdict.reasons],
         "missed": verdict.missed,
@@ -138,9 +140,16 @@ def _one_form(run: RunDirectory, models: dict[str, Path]) -> InputForm:
     return next(iter(forms.values()))
 
 
-def _accuracy_drop(manifest: Json, has_int8: bool) -> float | None:
-    """Accuracy of the first model minus that of the model that ships; None where either is unknown."""
+def _accuracy_drop(manifest: Json, folder: Path, *, has_int8: bool) -> float | None:
+    """Accuracy of the first model minus that of the model that ships; None where either is unknown.
+
+    An int8 file that was quantized again for this target has its own accuracy, in parity.json beside it.
+    """
     recipe = recipe_of(manifest)
+    path = folder / "parity.json"
+    again = read_json(path).get("onnx_int8_against_first") if has_int8 and path.is_file() else None
+    if again is not None:
+        return float(again["accuracy_drop"]) if recipe.has_trained_weights else None
     stage_id = recipe.quantize_stage.id if has_int8 else last_float_id(recipe)
     entry: Json = next((e for e in manifest["stages"] if e["id"] == stage_id), {})
     baseline = manifest.get("baseline", {})
