@@ -84,6 +84,29 @@ def black():
     labels = np.arange(64) % 4
     images = generator.integers(0, 256, (64, 8, 8), dtype=np.uint8)
     return {"train": (np.zeros_like(images), labels), "val": (images, labels)}
+
+
+class Colours(nn.Module):
+    def __init__(self, classes):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 3, 1, bias=False)
+        self.stem.weight.data = torch.eye(3).reshape(3, 3, 1, 1)
+        self.head = nn.Linear(3, classes)
+        self.preprocessing = {"input_size": 8, "channels": 3, "mean": [0.0] * 3, "std": [1.0] * 3}
+
+    def forward(self, images):
+        return self.head(torch.relu(self.stem(images)).mean((2, 3)))
+
+
+def colours(num_classes):
+    return Colours(num_classes)
+
+
+def one_colour_a_class():
+    labels = np.repeat(np.arange(3), 80)  # as folders of images are read: class after class
+    images = np.random.default_rng(0).integers(0, 256, (240, 8, 8, 3), dtype=np.uint8)
+    images[np.arange(3) != labels[:, None, None, None].repeat(8, 1).repeat(8, 2)] = 0
+    return {"train": (images, labels), "val": (images, labels)}
 """
 INT8 = "stages: [{id: int8, kind: quantize, effort: fast, placement: full, calibration: {samples: 32}}]"
 
@@ -194,6 +217,15 @@ def test_dead_channels(command_line: CommandLine, tmp_path: Path) -> None:
     (note,) = [note for note in found["notes"] if "one value whatever the image shows" in note]
     assert "stem (3 of 8)" in note
     assert note in answer.stderr
+
+
+def test_channels_of_other_classes_are_not_dead(command_line: CommandLine, tmp_path: Path) -> None:
+    """Each channel has a value on the images of one class, and the classes come one after the other."""
+    source = recipe(tmp_path, model="name: 'nets.py:colours'", data="name: 'nets.py:one_colour_a_class'")
+    answer = command_line("apply", source, "--output", "run", "--no-gate")
+    assert answer.exit_code == 0, answer.stderr
+    (stage,) = manifest(tmp_path)["stages"]
+    assert stage["dead_channels"] == {}
 
 
 def test_a_sound_net_has_no_dead_stem(finished: Path) -> None:

@@ -158,7 +158,9 @@ def run_quantize_stage(
     )
     if samples < stage.calibration.samples:
         summary += f" (all of train; {stage.calibration.samples} were asked for)"
-    facts: Json = {"only_zeros": list(model.only_zeros)} | _dead_channels(run, stage, made.model, current, splits)
+    facts: Json = {"only_zeros": list(model.only_zeros)} | _dead_channels(
+        recipe, stage, run, made.model, current, splits
+    )
     if trained is not None:
         summary = f"{trained.summary}; {summary}"
         facts |= {"qat": trained.facts, "epochs": trained.facts["epochs"]}
@@ -173,13 +175,21 @@ def run_quantize_stage(
 
 
 def _dead_channels(
-    run: RunDirectory, stage: QuantizeStage, model: QuantizedModel, source: Checkpoint, splits: PreparedSplits
+    recipe: Recipe,
+    stage: QuantizeStage,
+    run: RunDirectory,
+    model: QuantizedModel,
+    source: Checkpoint,
+    splits: PreparedSplits,
 ) -> Json:
     """Which layers have channels that say nothing, for run.json; said to the user too where there are any."""
     if model.reference is None:
         return {}
     preprocessing = source.architecture.preprocessing
-    images, _ = next(splits.get("train", preprocessing).batches(DEAD_CHANNEL_IMAGES))
+    train = splits.get("train", preprocessing)
+    # Of every class, as calibration sees them: train may be sorted, and what one class lacks is not dead.
+    chosen = torch.from_numpy(calibration_indices(train.labels.numpy(), DEAD_CHANNEL_IMAGES, recipe.seed))
+    images, _ = next(train.batches(DEAD_CHANNEL_IMAGES, indices=chosen))
     dead = dead_channels(model.reference, preprocessing.normalize(images))
     if dead:
         text = f"stage {stage.id}: {dead_sentence(dead, len(images))}."
