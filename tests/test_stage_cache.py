@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import threading
 import time
@@ -10,12 +11,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from conftest import CommandLine
 from edgecompress import pipeline
+from edgecompress.data.run_data import open_data
 from edgecompress.errors import ConfigurationError, RunError
 from edgecompress.run_directory import RunDirectory, sha256_of
+from edgecompress.settings.configuration import validate
+from edgecompress.settings.recipe import Recipe
+from edgecompress.stages.train_stages import PreparedSplits
+from edgecompress.steps import stage_key
+from edgecompress.steps.run_state import record_decision
 from edgecompress.steps.stage_cache import StageCache
+from edgecompress.steps.training_context import training_context
 from edgecompress.training import workers
 
 RECIPE = """
@@ -126,7 +135,7 @@ def _kept(cache: StageCache, run: RunDirectory, key: str = "ab" * 32) -> str:
     run.write_manifest({"schema_version": 1, "stages": [], "decisions": []})
     (run.stage("dense") / "inner").mkdir(parents=True)
     (run.stage("dense") / "inner" / "weights").write_text("1")
-    cache.keep(key, run, "dense", {"accuracy": 1.0}, before=run.read_manifest(), seconds=1.0)
+    cache.keep(key, run, "dense", {"accuracy": 1.0}, seconds=1.0)
     return key
 
 
@@ -144,12 +153,53 @@ def test_an_entry_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.Monk
     other = RunDirectory(tmp_path / "other")
     other.write_manifest(run.read_manifest())
     assert cache.restore("ab" * 32, other, "dense") is None
-    cache.keep("ab" * 32, run, "dense", {"accuracy": 1.0}, before=run.read_manifest(), seconds=1.0)
+    cache.keep("ab" * 32, run, "dense", {"accuracy": 1.0}, seconds=1.0)
     assert cache.restore("ab" * 32, other, "dense") == {
         "accuracy": 1.0,
         "cache": {"key": "ab" * 32, "computed_in_seconds": 1.0},
     }
     assert (other.stage("dense") / "inner" / "weights").read_text() == "1"
+
+
+def test_what_an_interrupted_attempt_decided_is_kept_with_the_stage(tmp_path: Path) -> None:
+    cache, run, other = StageCache(tmp_path / "cache"), RunDirectory(tmp_path / "run"), RunDirectory(tmp_path / "other")
+    recipe = validate(Recipe, yaml.safe_load(RECIPE), source="small.yaml")
+    data = open_data(recipe.data)
+    for one in (run, other):
+        one.path.mkdir()
+        one.write_manifest({"schema_version": 1, "stages": [], "decisions": []})
+    context = training_context(recipe, run, data, PreparedSplits(data, cache=False), None, {"stage": "pruned"})
+    context.decide("channels:pruned", lambda: ({"widths": [4]}, "measured"))
+    run.update_manifest(lambda m: record_decision(m, "channels:dense", {}, "another stage's", stage="dense"))
+
+    def measured_again() -> Any:
+        raise AssertionError
+
+    run.stage("pruned").mkdir(parents=True)  # the second attempt: it finds the decision, and ends
+    context.decide("channels:pruned", measured_again)
+    cache.keep("ab" * 32, run, "pruned", {"accuracy": 1.0}, seconds=1.0)
+    assert cache.restore("ab" * 32, other, "pruned") is not None
+    wanted = {"what": "channels:pruned", "value": {"widths": [4]}, "why": "measured", "stage": "pruned"}
+    assert other.read_manifest()["decisions"] == [wanted]
+
+
+def test_the_key_covers_the_code_of_every_room_that_a_stage_computes_with() -> None:
+    """What stages, int8, pruning and training import, and what those import in turn."""
+    package = Path(stage_key.__file__).parent.parent
+    waiting = [path for room in ("stages", "int8", "pruning", "training") for path in (package / room).rglob("*.py")]
+    seen = set(waiting)
+    while waiting:
+        for node in ast.walk(ast.parse(waiting.pop().read_text())):
+            if not isinstance(node, ast.ImportFrom) or not (node.module or "").startswith("edgecompress."):
+                continue
+            stem = package.joinpath(*str(node.module).split(".")[1:])
+            names = [stem, *(stem / alias.name for alias in node.names)]
+            found = {name.with_suffix(".py") for name in names if name.with_suffix(".py").is_file()} - seen
+            waiting += found
+            seen |= found
+    rooms = {path.relative_to(package).parts[0] for path in seen if path.parent != package}
+    assert rooms >= {"exporting", "int8", "models", "settings"}
+    assert rooms <= set(stage_key._ROOMS)
 
 
 def test_a_second_process_waits_for_the_first(tmp_path: Path) -> None:

@@ -271,10 +271,10 @@ class _StageWork:
                 if not isinstance(self.stage, QuantizeStage):
                     self.result = load_checkpoint(self.run_directory.stage(self.stage.id))
                 return facts
-            before, started = self.run_directory.read_manifest(), time.perf_counter()
+            started = time.perf_counter()
             facts = self.run()
             seconds = time.perf_counter() - started
-            cache.keep(key, self.run_directory, self.stage.id, facts, before=before, seconds=seconds)
+            cache.keep(key, self.run_directory, self.stage.id, facts, seconds=seconds)
             return dict(facts)
 
     def _train(self, stage: TrainStage | DistillStage | PruneStage | FactorizeStage) -> Json:

@@ -85,7 +85,7 @@ def _placed_model(
     decided = decision_of(run.read_manifest(), "placement")
     if stage.placement == "full":
         placed = Placed((), "the recipe asks for full int8")
-        run.update_manifest(lambda m: record_decision(m, "placement", placed.decision, placed.why))
+        run.update_manifest(lambda m: record_decision(m, "placement", placed.decision, placed.why, stage=stage.id))
         model, samples = quantize_for(recipe, stage, scheme, current, data, splits)
         return _Int8(model, samples, placed)
     images = held_out(recipe, run, current, data, splits)
@@ -104,7 +104,7 @@ def _placed_model(
             limits=limits_of(recipe, stage),
             folder=run.stage(stage.id),
         )
-        run.update_manifest(lambda m: record_decision(m, "placement", placed.decision, placed.why))
+        run.update_manifest(lambda m: record_decision(m, "placement", placed.decision, placed.why, stage=stage.id))
         console.note(f"placement: {placed.why}")
         if not placed.float_layers:
             return _Int8(model, samples, placed, images, is_measured=placed.facts["trials"] == 1)
@@ -143,14 +143,14 @@ def run_quantize_stage(
             folder=run.stage(stage.id),
             is_measured=made.is_measured and trained is None,
         )
-        run.update_manifest(lambda m: record_decision(m, "placement", placed.decision, placed.why))
+        run.update_manifest(lambda m: record_decision(m, "placement", placed.decision, placed.why, stage=stage.id))
     save_quantized(model, run.stage(stage.id), float_model=describe(current))
     preprocessing = current.architecture.preprocessing
     split = splits.get(data.report_split, preprocessing)
     logits = collect_logits(model.simulation(), split, preprocessing, description=f"evaluating {stage.id}")
     save_answers(run, stage.id, logits, split.labels)
     name = target.name if target else "this machine"
-    run.update_manifest(lambda m: record_decision(m, f"int8_scheme:{name}", scheme.to_dict(), why))
+    run.update_manifest(lambda m: record_decision(m, f"int8_scheme:{name}", scheme.to_dict(), why, stage=stage.id))
     float_layers = f", {len(model.float_layers)} in float" if model.float_layers else ""
     summary = (
         f"{len(model.quantized_layers)} layers in int8{float_layers}; {scheme.activations} activations, "

@@ -128,10 +128,14 @@ def cost_entry(run: RunDirectory, checkpoint: Checkpoint, stage_id: str, example
     }
 
 
-def record_decision(manifest: Json, what: str, value: Any, why: str) -> None:
-    """Add a decision, or replace the one of the same name."""
+def record_decision(manifest: Json, what: str, value: Any, why: str, *, stage: str | None = None) -> None:
+    """Add a decision, or replace the one of the same name. `stage` is the stage whose result depends on it.
+
+    A stage records again what it finds recorded, so that every decision behind its result is called its own.
+    """
     others = [d for d in manifest.setdefault("decisions", []) if d["what"] != what]
-    manifest["decisions"] = [*others, {"what": what, "value": value, "why": why}]
+    made_by = {} if stage is None else {"stage": stage}
+    manifest["decisions"] = [*others, {"what": what, "value": value, "why": why, **made_by}]
 
 
 def decision_of(manifest: Json, what: str) -> Json | None:

@@ -85,13 +85,14 @@ class StageCache:
         facts: Json = document["facts"]
         return facts | {"cache": {"key": key, "computed_in_seconds": document["seconds"]}}
 
-    def keep(self, key: str, run: RunDirectory, stage_id: str, facts: Json, *, before: Json, seconds: float) -> None:
-        """Keep a finished stage of a run. `before` is the manifest from before the stage: what was decided since is
-        kept too. An entry that is there already stays."""
+    def keep(self, key: str, run: RunDirectory, stage_id: str, facts: Json, *, seconds: float) -> None:
+        """Keep a finished stage of a run with its decisions, also those that an interrupted attempt made before.
+
+        An entry that is there already stays.
+        """
         entry = self.entry(key)
         entry.parent.mkdir(parents=True, exist_ok=True)
-        known = before.get("decisions", [])
-        decisions = [row for row in run.read_manifest().get("decisions", []) if row not in known]
+        decisions = [row for row in run.read_manifest().get("decisions", []) if row.get("stage") == stage_id]
         scratch = Path(tempfile.mkdtemp(prefix=".writing-", dir=entry.parent))
         try:
             files: dict[str, str] = {}

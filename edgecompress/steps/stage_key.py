@@ -30,7 +30,8 @@ from edgecompress.settings.user_code import is_user_code
 from edgecompress.steps.training_context import early_weights_of
 
 FORMAT = 1  # raised when what is kept, or how it is named, changes
-_ROOMS = ("data", "models", "training", "pruning", "int8", "stages", "steps")  # whose code makes a stage's result
+# The rooms whose code makes a stage's result: all that a stage's own modules import, and what those import in turn.
+_ROOMS = ("data", "exporting", "int8", "measure", "models", "pruning", "settings", "stages", "steps", "training")
 _PACKAGE = Path(__file__).resolve().parent.parent
 
 

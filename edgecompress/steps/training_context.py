@@ -60,7 +60,7 @@ def training_context(
             return known["value"], known["why"]
 
         value, why = agreed(once)
-        run.update_manifest(lambda m: record_decision(m, what, value, why))
+        run.update_manifest(lambda m: record_decision(m, what, value, why, stage=str(labels["stage"])))
         return value
 
     resolved = target or own_target()
