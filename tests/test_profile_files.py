@@ -8,15 +8,19 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper
 
 from conftest import CommandLine
 from edgecompress import machine
+from edgecompress.data.preprocessing import Preprocessing
 from edgecompress.errors import ModelError
+from edgecompress.exporting.preprocessing_graph import PIXEL_FORM
 from edgecompress.measure import explanation, profiling
-from edgecompress.measure.explanation import LATENCY_ALONE
+from edgecompress.measure.explanation import LATENCY_ALONE, Depth
 from edgecompress.measure.latencies import FreshMeasurement, LatencyMeasurement
+from edgecompress.measure.measure_worker import feeds
 from edgecompress.measure.model_files import name_files, open_files, parse_shapes
 from edgecompress.reporting.profile_text import budget_lines, files_table
 from edgecompress.settings.target import Target
@@ -106,6 +110,39 @@ def test_a_fixed_batch_counts_all_of_its_images(tmp_path: Path, monkeypatch: pyt
         "four": 4,
         "net": 1,
     }
+
+
+@needs_target
+def test_the_images_that_a_throughput_counts_are_fed(tmp_path: Path) -> None:
+    """A sweep of a real file in real processes: the net's work is its images', so that batches bring little."""
+    free = residual_net(tmp_path / "net.onnx", 16, 64)
+    depth = Depth(explains=False, sweeps=("batch",))
+    document = profile_files([free], target=here(), seconds=0.3, depth=depth, thoroughness="quick")
+    *_, row = document["scaling"]["net"]["batch"]
+    assert row["batch"] >= 4
+    assert row["gain"] < 0.75 * row["batch"]
+
+
+def test_inputs_get_the_batch_that_is_asked_for_or_none_at_all(tmp_path: Path) -> None:
+    free = residual_net(tmp_path / "free.onnx")
+    four = save(tmp_path / "four.onnx", [helper.make_node("Relu", ["input"], ["logits"])], [], [4, 3, 8, 8])
+    pixels = save(tmp_path / "pixels.onnx", [helper.make_node("Relu", ["input"], ["logits"])], [], ["N", "H", "W", 3])
+    inside = Preprocessing(input_size=16, channels=3, mean=(0.5,) * 3, std=(0.5,) * 3)
+    facts = {"edgecompress.input_form": PIXEL_FORM, "edgecompress.preprocessing": json.dumps(inside.to_dict())}
+    model = onnx.load(pixels)
+    helper.set_model_props(model, facts)
+    onnx.save(model, pixels)
+    files = open_files({path.stem: path for path in (free, four, pixels)}, {})
+    given = open_files({"given": free}, {"input": [4, 3, 8, 8]})["given"]
+    assert [file.batch for file in (*files.values(), given)] == [None, 4, None, 4]
+    for file in (*files.values(), given):
+        session = ort.InferenceSession(str(file.path), providers=["CPUExecutionProvider"])
+        assert {len(feed["input"]) for feed in feeds(session, {"shapes": file.sizes})} == {file.images}
+        if file.batch is None:
+            assert {len(feed["input"]) for feed in feeds(session, {"batch": 8, "shapes": file.sizes})} == {8}
+        else:
+            with pytest.raises(ValueError, match="is fed 4 images at a time; a batch of 8 was asked for"):
+                feeds(session, {"batch": 8, "shapes": file.sizes})
 
 
 def _two_inputs(path: Path) -> Path:

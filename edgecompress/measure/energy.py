@@ -85,7 +85,7 @@ def measure_energy(
     providers: Sequence[str],
     input_npy: Path | None,
     session: Mapping[str, Any] | None = None,
-    shapes: Mapping[str, Sequence[int]] | None = None,
+    shapes: Mapping[str, Sequence[int | None]] | None = None,
     sources: EnergySources | None = None,
     seconds: float = SECONDS,
 ) -> Json:

@@ -49,7 +49,7 @@ class Explained:
 
     path: Path
     batch: int | None
-    shapes: dict[str, list[int]]
+    shapes: dict[str, list[int | None]]
 
 
 def explain(

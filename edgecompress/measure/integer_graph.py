@@ -104,7 +104,7 @@ class _Tensor:
 
 
 def inspect_integer_graph(
-    model: Path, *, threads: int = 1, on_arm: bool = False, shapes: Mapping[str, Sequence[int]] | None = None
+    model: Path, *, threads: int = 1, on_arm: bool = False, shapes: Mapping[str, Sequence[int | None]] | None = None
 ) -> IntegerGraph:
     """Optimize a model as the CPU provider would, and count what it runs. Raises ProfileError.
 
@@ -168,7 +168,7 @@ def _constant_bytes(constant: onnx.TensorProto) -> int:
 
 
 def _tensors(
-    fused: onnx.ModelProto, source: Path, threads: int, shapes: Mapping[str, Sequence[int]]
+    fused: onnx.ModelProto, source: Path, threads: int, shapes: Mapping[str, Sequence[int | None]]
 ) -> dict[str, _Tensor]:
     """Shape and kind of every tensor at batch 1: of constants, and of the rest from one run with all exposed."""
     exposed = onnx.ModelProto()
@@ -208,7 +208,9 @@ def input_side(model: onnx.ModelProto) -> int | None:
     return Preprocessing.from_dict(json.loads(facts["edgecompress.preprocessing"])).input_size
 
 
-def _blank(node: ort.NodeArg, source: Path, given: dict[str, list[int]], side: int | None) -> np.ndarray[Any, Any]:
+def _blank(
+    node: ort.NodeArg, source: Path, given: dict[str, list[int | None]], side: int | None
+) -> np.ndarray[Any, Any]:
     if node.type not in DTYPES:
         raise ProfileError(f"{source}: input '{node.name}' is {node.type}; known are {', '.join(DTYPES)}")
     free = [axis for axis, size in enumerate(node.shape) if not isinstance(size, int)]

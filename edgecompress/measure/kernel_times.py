@@ -62,7 +62,7 @@ def kernel_times(
     input_npy: Path | None,
     seconds: float,
     session: Mapping[str, Any] | None = None,
-    shapes: Mapping[str, Sequence[int]] | None = None,
+    shapes: Mapping[str, Sequence[int | None]] | None = None,
 ) -> KernelTimes:
     """Profile one file for `seconds` in a process of its own. Raises ProfileError."""
     answer = ask_worker(

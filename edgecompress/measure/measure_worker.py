@@ -104,7 +104,7 @@ def _session(path: str, settings: dict[str, Any], options: ort.SessionOptions | 
     return session
 
 
-def input_shape(name: str, shape: list[Any], *, batch: int, given: dict[str, list[int]]) -> list[int]:
+def input_shape(name: str, shape: list[Any], *, batch: int, given: dict[str, list[Any]]) -> list[int]:
     """The shape that an input is measured with: a free first axis is the batch, `given` {input: sizes} fills others.
 
     Raises ValueError where a free axis has no size, or a fixed one another than was given.
@@ -133,9 +133,14 @@ def random_input(kind: str, shape: list[int], generator: np.random.Generator) ->
     return generator.integers(0, 2, size=shape).astype(dtype)
 
 
-def _feeds(session: ort.InferenceSession, settings: dict[str, Any]) -> list[dict[str, npt.NDArray[Any]]]:
-    """What the inferences get in turn: the given images [N, ...] in batches, random values for all other inputs."""
-    nodes, batch = session.get_inputs(), int(settings.get("batch", 1))
+def feeds(session: ort.InferenceSession, settings: dict[str, Any]) -> list[dict[str, npt.NDArray[Any]]]:
+    """What the inferences get in turn: the given images [N, ...] in batches, random values for all other inputs.
+
+    Raises ValueError where the first input cannot take the images of the batch that was asked for: a throughput counts
+    the images asked for, so they must be those fed.
+    """
+    nodes, asked = session.get_inputs(), settings.get("batch")
+    batch = int(asked or 1)
     given: dict[str, Any] = dict(settings.get("shapes") or {})
     images: Any = None
     if settings.get("input_npy") is not None:
@@ -143,6 +148,9 @@ def _feeds(session: ort.InferenceSession, settings: dict[str, Any]) -> list[dict
         images = np.load(settings["input_npy"], mmap_mode="r", allow_pickle=False)[:MAX_IMAGES]
         given[nodes[0].name] = [nodes[0].shape[0], *images.shape[1:]]
     shapes = {node.name: input_shape(node.name, node.shape, batch=batch, given=given) for node in nodes}
+    fed = shapes[nodes[0].name]
+    if asked is not None and fed and fed[0] != batch:
+        raise ValueError(f"input '{nodes[0].name}' is fed {fed[0]} images at a time; a batch of {batch} was asked for")
     generator = np.random.default_rng(0)
     if images is None:
         return [
@@ -165,7 +173,7 @@ class _Model:
         self.session = _session(path, settings, options)
         self.load_ms = (perf_counter_ns() - start) / 1e6
         try:
-            self.feeds = _feeds(self.session, settings)
+            self.feeds = feeds(self.session, settings)
         except ValueError as error:
             raise SystemExit(str(error)) from error
         self.next_feed = 0

@@ -132,7 +132,7 @@ def ask_worker(
     providers: Sequence[str],
     input_npy: Path | None,
     session: Mapping[str, Any] | None = None,
-    shapes: Mapping[str, Sequence[int]] | None = None,
+    shapes: Mapping[str, Sequence[int | None]] | None = None,
     **own: Any,
 ) -> Json:
     """One request about one model to one fresh process; `own` are the mode's keys. Raises ProfileError."""
@@ -193,7 +193,7 @@ def measure_latency(
     answers: Answers | None = None,
     session: Mapping[str, Any] | None = None,
     settings: Mapping[str, Json] | None = None,
-    shapes: Mapping[str, Sequence[int]] | None = None,
+    shapes: Mapping[str, Sequence[int | None]] | None = None,
     what: str | None = None,
 ) -> LatencyMeasurement:
     """Measure models side by side in at least `processes` fresh processes.
@@ -275,7 +275,7 @@ def measure_fresh(
     processes: int = FRESH_PROCESSES,
     answers: Answers | None = None,
     session: Mapping[str, Any] | None = None,
-    shapes: Mapping[str, Sequence[int]] | None = None,
+    shapes: Mapping[str, Sequence[int | None]] | None = None,
 ) -> FreshMeasurement:
     """Load time, first inference and memory of one model, each from `processes` fresh processes.
 

@@ -18,19 +18,21 @@ from edgecompress.errors import ModelError
 from edgecompress.measure.integer_graph import input_side
 from edgecompress.measure.measure_worker import DTYPES, input_shape
 
-Shapes = Mapping[str, Sequence[int]]
+Shapes = Mapping[str, Sequence[int | None]]
 
 
 @dataclass(frozen=True)
 class ModelFile:
     """An ONNX file that ONNX Runtime loads: its inputs as they are fed, and the images of one inference.
 
-    `batch` is None where the file's first axis is free, and the images it insists on where it is not.
+    `batch` is None where the first axis is free, and the images of one inference where the file or --shape fixes it.
+    `sizes` [input] are what free axes must be given, None where an axis is left to the batch.
     """
 
     path: Path
     inputs: tuple[dict[str, Any], ...]
     batch: int | None
+    sizes: dict[str, list[int | None]]
 
     @property
     def images(self) -> int:
@@ -95,15 +97,18 @@ def _open(path: Path, shapes: Shapes) -> ModelFile:
         raise ModelError(f"{path}: ONNX Runtime {ort.__version__} cannot load it: {reason}") from error
     inputs = []
     given = {name: list(sizes) for name, sizes in shapes.items()}
+    fed: dict[str, list[int | None]] = {}
     side = input_side(onnx.load(str(path), load_external_data=False))
     for node in session.get_inputs():
         # A file of ours with its preprocessing inside takes photographs of any size; the model's own is as good as any.
         photographs = side is not None and len(node.shape) == 4 and node.name not in given
-        own = {node.name: [1, side, side, node.shape[3]]} if photographs else {}
+        own = [None, side, side, node.shape[3]] if photographs else given.get(node.name)
+        if own is not None:
+            fed[node.name] = own
         if node.type not in DTYPES:
             raise ModelError(f"{path}: input '{node.name}' is {node.type}; known are {', '.join(DTYPES)}")
         try:
-            shape = input_shape(node.name, node.shape, batch=1, given={**given, **own})
+            shape = input_shape(node.name, node.shape, batch=1, given=fed)
         except ValueError as error:
             example = "x".join(str(size) if isinstance(size, int) else "SIZE" for size in node.shape)
             raise ModelError(f"{path}: {error}; give their sizes, such as --shape {node.name}={example}") from error
@@ -114,7 +119,7 @@ def _open(path: Path, shapes: Shapes) -> ModelFile:
     free = not inputs[0]["axes"] or not isinstance(inputs[0]["axes"][0], int)
     sizes = {entry["name"] for entry in inputs} & set(shapes)
     batch = None if free and not sizes else (inputs[0]["shape"] or [1])[0]
-    return ModelFile(path, tuple(inputs), batch)
+    return ModelFile(path, tuple(inputs), batch, fed)
 
 
 def _reason(path: Path, error: Exception) -> str:

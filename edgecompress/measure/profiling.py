@@ -107,7 +107,7 @@ def measure_side_by_side(
     depth: Depth,
     thoroughness: str = STANDARD,
     explained: Sequence[str],
-    shapes: Mapping[str, Mapping[str, Sequence[int]]] | None = None,
+    shapes: Mapping[str, Mapping[str, Sequence[int | None]]] | None = None,
     batches: Mapping[str, int | None] | None = None,
     elsewhere: Elsewhere | None = None,
 ) -> tuple[Json, LatencyMeasurement | None]:
@@ -177,7 +177,7 @@ def measure_side_by_side(
     return document, latency
 
 
-def _static(path: Path, target: Target, shapes: Mapping[str, Sequence[int]] | None) -> Json:
+def _static(path: Path, target: Target, shapes: Mapping[str, Sequence[int | None]] | None) -> Json:
     """What the file says by itself, whatever the machine."""
     graph = inspect_integer_graph(path, on_arm=target.architecture == "aarch64", shapes=shapes)
     return {

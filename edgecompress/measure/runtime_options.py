@@ -32,7 +32,7 @@ PROCESSES = 5
 _GROUP = 3  # variants beside the plain one in a process, so that many sessions at once do not crowd the memory
 _NARROW = 0.03
 Json = dict[str, Any]
-Shapes = Mapping[str, Sequence[int]]
+Shapes = Mapping[str, Sequence[int | None]]
 
 
 def parse_providers(text: str | None) -> tuple[str, ...]:

@@ -61,13 +61,13 @@ def sweep(
     seconds: float,
     batches: Sequence[int] = BATCHES,
     session: Mapping[str, Any] | None = None,
-    shapes: Mapping[str, Sequence[int]] | None = None,
+    shapes: Mapping[str, Sequence[int | None]] | None = None,
     name: str = "",
 ) -> Json:
     """Measure `threads` and `batch` rows of one file; returns {"threads": [...], "batch": [...], "left_out": [...]}.
 
-    `batch` is the file's own where it is fixed, else None. `expected_ms` is one image's latency at `threads`, by which
-    rows that would take too long are left out, and said. Raises ProfileError.
+    `batch` is the images of one inference where they are fixed, else None. `expected_ms` is one image's latency at
+    `threads`, by which rows that would take too long are left out, and said. Raises ProfileError.
     """
     rows: dict[str, Json] = {}
     left_out: list[str] = []
@@ -76,7 +76,7 @@ def sweep(
         left_out.append("more threads than 1: the machine offers one core")
     rows |= {f"threads {count}": {"threads": count, "batch": batch or 1} for count in counts}
     if "batch" in kinds and batch is not None:
-        left_out.append(f"other batches than {batch}: the file's batch is fixed")
+        left_out.append(f"other batches than {batch}: the batch is fixed, by the file or by --shape")
     elif "batch" in kinds:
         allowed = _SPARED * seconds * 1e3 / PROCESSES / _LEAST_INFERENCES
         chosen = [

@@ -41,8 +41,6 @@ def profile_files(
     """
     named = name_files(paths)
     files = open_files(named, shapes or {})
-    # Files may call different inputs by one name, so that each gets the sizes of its own.
-    sizes = {name: {entry["name"]: entry["shape"] for entry in file.inputs} for name, file in files.items()}
     document, latency = measure_side_by_side(
         named,
         target=target,
@@ -51,7 +49,7 @@ def profile_files(
         depth=depth,
         thoroughness=thoroughness,
         explained=list(named),
-        shapes=sizes,
+        shapes={name: file.sizes for name, file in files.items()},
         batches={name: file.batch for name, file in files.items()},
     )
     first, *others = named
