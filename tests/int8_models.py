@@ -351,9 +351,9 @@ def export(
     )
 
 
-def run(path: Path, inputs: Tensor) -> np.ndarray:
-    """ONNX Runtime's output for a batch."""
-    output: np.ndarray = open_session(path, threads=1).run(["logits"], {"input": inputs.numpy()})[0]
+def run(path: Path, inputs: Tensor, *, target: Target | None = None) -> np.ndarray:
+    """ONNX Runtime's output for a batch, by the graph that the target runs."""
+    output: np.ndarray = open_session(path, target=target, threads=1).run(["logits"], {"input": inputs.numpy()})[0]
     return output
 
 

@@ -13,6 +13,7 @@ import pytest
 
 from edgecompress.errors import ConfigurationError, ExportError
 from edgecompress.exporting.answers import LIMIT, Answers, append_answers, compare_answers
+from edgecompress.settings.target import load_target
 from onnx_models import CLASSES, SIZE, residual_net
 
 
@@ -29,6 +30,9 @@ class Images:
         return list(np.random.default_rng(0).normal(size=(2, self.count // 2, 3, SIZE, SIZE)).astype(np.float32))
 
 
+TARGET = load_target("x86")
+
+
 def with_answers(folder: Path, answers: Answers) -> Path:
     path = folder / "model.onnx"
     residual_net(path)
@@ -41,7 +45,7 @@ def test_outputs_follow_the_logits(tmp_path: Path, answers: Answers) -> None:
     path = with_answers(tmp_path, answers)
     names = [output.name for output in onnxruntime.InferenceSession(path).get_outputs()]
     assert names == ["logits", *answers.outputs]
-    result = compare_answers({"fp32": path}, Images(), answers, whole_images=False)  # type: ignore[arg-type]
+    result = compare_answers({"fp32": path}, Images(), answers, whole_images=False, target=TARGET)  # type: ignore[arg-type]
     assert result["passed"]
     assert 0 < result["fp32"]["max_abs_diff"] <= LIMIT
 
@@ -57,7 +61,7 @@ def test_a_wrong_answer_is_found(tmp_path: Path, output: str, answers: Answers) 
     else:  # the least likely classes first
         node.attribute.append(onnx.helper.make_attribute("largest", 0))
     onnx.save(model, path)
-    result = compare_answers({"fp32": path}, Images(), answers, whole_images=False)  # type: ignore[arg-type]
+    result = compare_answers({"fp32": path}, Images(), answers, whole_images=False, target=TARGET)  # type: ignore[arg-type]
     assert not result["passed"]
     assert "fp32's answers differ" in result["checks"][0]["sentence"]
 

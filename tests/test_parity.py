@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 
 from edgecompress.errors import ParityError
+from edgecompress.exporting import parity
 from edgecompress.exporting.parity import (
+    cause_of_difference,
     class_changes,
     compare_float,
     compare_int8,
@@ -19,6 +21,7 @@ from edgecompress.exporting.parity import (
     worst_class,
 )
 from edgecompress.settings.recipe import Gates
+from edgecompress.settings.target import load_target
 
 GATES = Gates(
     fp32_max_relative_diff=1e-3,
@@ -155,12 +158,25 @@ def test_int8_agreements_decide(changes: int, torch_changes: int, failed: list[s
 def test_sentences_name_the_number_the_limit_and_the_gate() -> None:
     answers = np.arange(100) % 4
     result: dict[str, Any] = compare_int8(
-        logits(*answers), logits(*flipped(answers, 40)), logits(*answers), answers, GATES
+        logits(*answers), logits(*flipped(answers, 40)), logits(*answers), answers, GATES, cause="; why"
     )
     sentences = [check["sentence"] for check in result["checks"]]
     assert "60.00%" in sentences[0]
     assert "at least 0.75, gates.int8_min_top1_agreement" in sentences[0]
-    assert "VNNI" in sentences[1]
+    assert "of predictions; why (at least" in sentences[1]
+
+
+def test_the_cause_of_a_difference_is_this_machines(monkeypatch: pytest.MonkeyPatch) -> None:
+    def cause(activations: str, bits: int, target: str, *, vnni: bool) -> str:
+        monkeypatch.setattr(parity, "architecture", lambda: "x86_64")
+        monkeypatch.setattr(parity, "has_vnni", lambda: vnni)
+        return cause_of_difference(activations=activations, weight_bits=bits, target=load_target(target))
+
+    assert cause("uint8", 8, "x86", vnni=True) == cause("uint8", 7, "x86", vnni=False) == ""
+    assert cause("int8", 8, "rpi4", vnni=True) == ""
+    assert "no VNNI, without which 8-bit weights saturate" in cause("uint8", 8, "x86", vnni=False)
+    assert cause("int8", 8, "rpi4", vnni=False).endswith("(not on the target)")
+    assert "session.qdqisint8allowed" in cause("int8", 8, "x86", vnni=True)
 
 
 def test_accuracies_are_against_the_labels() -> None:

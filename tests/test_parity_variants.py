@@ -57,7 +57,10 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
     module = seeded(Residual())
     export(module, folder / "fp32.onnx", target=TARGET)
     export(quantized(module).graph, folder / "int8.onnx", target=TARGET)
-    usual = {name: run_onnx(folder / f"{name}.onnx", split, PREPROCESSING, indices) for name in ("fp32", "int8")}
+    usual = {
+        name: run_onnx(folder / f"{name}.onnx", split, PREPROCESSING, indices, target=TARGET)
+        for name in ("fp32", "int8")
+    }
     return Exported(folder, subset, {name: found[subset.positions] for name, found in usual.items()})
 
 
@@ -77,7 +80,7 @@ def test_the_choice_is_seeded_and_in_order(exported: Exported) -> None:
 @pytest.mark.parametrize("precision", ["fp32", "int8"])
 def test_batches_threads_and_optimizer_change_nothing_that_matters(exported: Exported, precision: str) -> None:
     path, reference = exported.files[precision], exported.usual[precision]
-    found = compare_variants(path, exported.subset, reference, GATES, precision=precision)
+    found = compare_variants(path, exported.subset, reference, GATES, precision=precision, target=TARGET)
     assert found["passed"]
     assert [(row["batch"], row["threads"], row["graph_optimization"]) for row in found["runs"]] == [
         (1, 1, "all"),
@@ -89,7 +92,7 @@ def test_batches_threads_and_optimizer_change_nothing_that_matters(exported: Exp
         assert found["runs"][2]["note"]
     # The same check on other answers must fail, and say in which run.
     wrong = np.roll(reference, 1, axis=1)
-    failed = compare_variants(path, exported.subset, wrong, GATES, precision=precision)
+    failed = compare_variants(path, exported.subset, wrong, GATES, precision=precision, target=TARGET)
     assert not failed["passed"]
     sentences = [check["sentence"] for check in failed["checks"] if not check["passed"]]
     assert any(sentence.startswith(f"{precision} with batch ") for sentence in sentences)
@@ -100,7 +103,7 @@ def test_ort_format_is_the_same_model(exported: Exported, tmp_path: Path) -> Non
     made = convert(list(exported.files.values()), tmp_path, target=TARGET)
     assert [path.name for path in made] == ["fp32.ort", "int8.ort"]
     files = dict(zip(exported.files, made, strict=True))
-    found = compare_ort_format(files, exported.usual, exported.subset, GATES, whole_images=False)
+    found = compare_ort_format(files, exported.usual, exported.subset, GATES, whole_images=False, target=TARGET)
     assert found["passed"]
     assert found["int8"]["top1_agreement"] == 1.0
     assert found["fp32"]["size_bytes"] == made[0].stat().st_size
@@ -109,7 +112,7 @@ def test_ort_format_is_the_same_model(exported: Exported, tmp_path: Path) -> Non
     assert "nchwc" not in operators  # weights laid out for this machine's vectors would be wrong on another
     assert "/" not in operators.replace("com/", "")
     mixed = {"fp32": files["int8"], "int8": files["fp32"]}
-    failed = compare_ort_format(mixed, exported.usual, exported.subset, GATES, whole_images=False)
+    failed = compare_ort_format(mixed, exported.usual, exported.subset, GATES, whole_images=False, target=TARGET)
     assert not failed["fp32"]["passed"]
     assert remove_stale(tmp_path) == ["fp32.ort", "int8.ort", OPERATORS_FILE]
     assert list(tmp_path.iterdir()) == []
@@ -129,7 +132,7 @@ def test_preprocessing_inside_agrees_on_images_as_they_come(exported: Exported, 
     for name, path in files.items():
         export_with_preprocessing(exported.files[name], path)
     labels = exported.usual["fp32"].argmax(axis=1)
-    found, logits = compare_with_preprocessing(files, exported.usual, exported.subset, labels, GATES)
+    found, logits = compare_with_preprocessing(files, exported.usual, exported.subset, labels, GATES, target=TARGET)
     assert found["images_resized"] == 16
     assert found["fp32"]["accuracy_python"] == 1.0
     assert found["fp32"]["passed"]
@@ -148,7 +151,7 @@ def test_wrong_preprocessing_inside_is_a_failure(exported: Exported, tmp_path: P
     export_with_preprocessing(tmp_path / "plain.onnx", tmp_path / "fp32.onnx")
     labels = np.zeros(16, np.int64)
     found, _ = compare_with_preprocessing(
-        {"fp32": tmp_path / "fp32.onnx"}, exported.usual, exported.subset, labels, GATES
+        {"fp32": tmp_path / "fp32.onnx"}, exported.usual, exported.subset, labels, GATES, target=TARGET
     )
     (check,) = found["checks"]
     assert not check["passed"]
@@ -164,7 +167,9 @@ def test_int8_inside_must_be_as_close_to_float_as_the_plain_file(exported: Expor
     # Two images of which the plain file says something else, and rightly as rarely: no loss.
     other = exported.usual["int8"].copy()
     other[:2] = -other[:2]
-    found, _ = compare_with_preprocessing(files, exported.usual | {"int8": other}, exported.subset, labels, GATES)
+    found, _ = compare_with_preprocessing(
+        files, exported.usual | {"int8": other}, exported.subset, labels, GATES, target=TARGET
+    )
     assert found["int8"]["top1_agreement"] <= 14 / 16
     assert found["int8"]["won"] == 2
     assert found["int8"]["passed"]
@@ -175,7 +180,7 @@ def test_int8_inside_must_be_as_close_to_float_as_the_plain_file(exported: Expor
             entry.value = entry.value.replace("[0.5, 0.4, 0.3]", "[0.0, 0.4, 1.3]")
     onnx.save(model, tmp_path / "plain.onnx")
     export_with_preprocessing(tmp_path / "plain.onnx", files["int8"])
-    failed, _ = compare_with_preprocessing(files, exported.usual, exported.subset, labels, GATES)
+    failed, _ = compare_with_preprocessing(files, exported.usual, exported.subset, labels, GATES, target=TARGET)
     assert failed["fp32"]["passed"]
     assert not failed["int8"]["passed"]
     assert failed["int8"]["lost"] > failed["int8"]["won"]

@@ -199,7 +199,7 @@ def test_int8_activations_run_the_same_integer_graph(tmp_path: Path, name: str) 
     """As Arm builds of the runtime do."""
     model = quantized(seeded(PATTERNS[name]()), scheme=Scheme("int8", 8))
     export(model.graph, tmp_path / "net.onnx")
-    graph = inspect_integer_graph(tmp_path / "net.onnx", on_arm=True)
+    graph = inspect_integer_graph(tmp_path / "net.onnx", int8_activations=True)
     operators, quantize_nodes, dequantize_nodes = EXPECTED[name]
     assert {operator: graph.op_counts.get(operator, 0) for operator in operators} == operators
     assert (graph.quantize_nodes, graph.dequantize_nodes) == (quantize_nodes, dequantize_nodes)

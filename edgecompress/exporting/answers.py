@@ -20,6 +20,7 @@ from edgecompress.exporting.onnx_export import INPUT_NAME, OUTPUT_NAME, check_fi
 from edgecompress.exporting.parity_variants import Subset
 from edgecompress.exporting.preprocessing_graph import add_answers, describe_signature
 from edgecompress.run_directory import Json, atomic_path
+from edgecompress.settings.target import Target
 
 LIMIT = 1e-5
 """Largest difference of a probability from numpy's: float32 and a sum over the classes."""
@@ -62,7 +63,9 @@ def append_answers(path: Path, answers: Answers) -> None:
         check_file(temporary)
 
 
-def compare_answers(files: Mapping[str, Path], subset: Subset, answers: Answers, *, whole_images: bool) -> Json:
+def compare_answers(
+    files: Mapping[str, Path], subset: Subset, answers: Answers, *, whole_images: bool, target: Target
+) -> Json:
     """The outputs of each file against its logits: the `answers` part of parity.json.
 
     The classes are right where each has the probability that stands beside it and no other class has more: equal
@@ -72,7 +75,7 @@ def compare_answers(files: Mapping[str, Path], subset: Subset, answers: Answers,
     checks: list[Json] = []
     for precision, path in files.items():
         feeds: Iterable[NDArray[Any]] = subset.whole() if whole_images else subset.normalized(_BATCH)
-        difference = _largest_difference(path, feeds, answers)
+        difference = _largest_difference(path, feeds, answers, target)
         sentence = f"{precision}'s answers differ from those of its logits by {difference:.2e} at most"
         check = {"gate": "answers", "value": difference, "limit": LIMIT, "passed": difference <= LIMIT}
         checks.append(check | {"sentence": f"{sentence} (the limit is {LIMIT:g})."})
@@ -81,8 +84,8 @@ def compare_answers(files: Mapping[str, Path], subset: Subset, answers: Answers,
     return document | {"passed": bool(worst["passed"]), "checks": [worst]}
 
 
-def _largest_difference(path: Path, feeds: Iterable[NDArray[Any]], answers: Answers) -> float:
-    session = open_session(path, threads=1, optimize=True)
+def _largest_difference(path: Path, feeds: Iterable[NDArray[Any]], answers: Answers, target: Target) -> float:
+    session = open_session(path, target=target, threads=1)
     largest = 0.0
     for batch in feeds:
         found = session.run([OUTPUT_NAME, *answers.outputs], {INPUT_NAME: batch})

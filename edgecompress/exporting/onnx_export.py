@@ -26,7 +26,7 @@ from edgecompress.exporting.onnx_rewrite import rewrite
 from edgecompress.exporting.preprocessing_graph import describe_signature, embed_preprocessing
 from edgecompress.models.graph_caches import forget_graphs
 from edgecompress.run_directory import atomic_path
-from edgecompress.settings.target import Target
+from edgecompress.settings.target import INT8_ACTIVATIONS_KEY, Target
 
 INPUT_NAME = "input"
 OUTPUT_NAME = "logits"
@@ -186,14 +186,20 @@ def check_file(path: Path) -> None:
     open_session(path)
 
 
-def open_session(path: Path, *, threads: int = 0, optimize: bool = True) -> onnxruntime.InferenceSession:
+def open_session(
+    path: Path, *, target: Target | None = None, threads: int = 0, optimize: bool = True
+) -> onnxruntime.InferenceSession:
     """An ONNX Runtime session on the CPU provider; `threads` 0 uses every core. Raises ExportError.
 
-    Without `optimize` the graph runs as it is written: an int8 model's layers are then computed in float.
+    With a `target` the machine at hand runs the graph that the target's sessions run: on x86, ONNX Runtime leaves int8
+    activations in float where Arm builds fuse them. Without `optimize` the graph runs as it is written: an int8
+    model's layers are then computed in float.
     """
     options = onnxruntime.SessionOptions()
     if not optimize:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    if target is not None:
+        options.add_session_config_entry(INT8_ACTIVATIONS_KEY, "1" if target.fuses_int8_activations else "0")
     options.log_severity_level = 3
     options.intra_op_num_threads = threads
     try:

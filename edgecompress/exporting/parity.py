@@ -19,8 +19,10 @@ from edgecompress.data.run_data import PreparedSplit
 from edgecompress.errors import ParityError
 from edgecompress.exporting.onnx_export import INPUT_NAME, OUTPUT_NAME, open_session
 from edgecompress.exporting.significance import SIGNIFICANT, images_needed, mcnemar, p_of_drop
+from edgecompress.machine import architecture, has_vnni
 from edgecompress.run_directory import read_json
 from edgecompress.settings.recipe import Gates
+from edgecompress.settings.target import INT8_ACTIVATIONS_KEY, Target
 
 Logits = NDArray[np.float32]
 _BATCH_SIZE = 32
@@ -45,11 +47,13 @@ def top1_agreement(left: Logits, right: Logits) -> float:
     return float(np.mean(left.argmax(axis=1) == right.argmax(axis=1)))
 
 
-def run_onnx(path: Path, split: PreparedSplit, preprocessing: Preprocessing, indices: NDArray[np.int64]) -> Logits:
-    """Logits [samples, classes] of an ONNX file for the images at `indices`."""
+def run_onnx(
+    path: Path, split: PreparedSplit, preprocessing: Preprocessing, indices: NDArray[np.int64], *, target: Target
+) -> Logits:
+    """Logits [samples, classes] of an ONNX file for the images at `indices`, by the graph that the target runs."""
     import torch
 
-    session = open_session(path)
+    session = open_session(path, target=target)
     collected: list[Logits] = []
     with console.progress(f"running {path.name}", len(indices)) as advance:
         for images, _ in split.batches(_BATCH_SIZE, indices=torch.from_numpy(indices)):
@@ -95,9 +99,18 @@ def compare_float(torch_logits: Logits, onnx_logits: Logits, gates: Gates) -> di
 
 
 def compare_int8(
-    float_logits: Logits, int8_logits: Logits, torch_int8_logits: Logits, labels: NDArray[np.int64], gates: Gates
+    float_logits: Logits,
+    int8_logits: Logits,
+    torch_int8_logits: Logits,
+    labels: NDArray[np.int64],
+    gates: Gates,
+    *,
+    cause: str = "",
 ) -> dict[str, Any]:
-    """int8 ONNX against fp32 ONNX and against int8 PyTorch: the `onnx_int8` part of parity.json."""
+    """int8 ONNX against fp32 ONNX and against int8 PyTorch: the `onnx_int8` part of parity.json.
+
+    `cause` is why the file may differ from PyTorch on this machine, as `cause_of_difference` says it.
+    """
     require_finite(float_logits, "the fp32 ONNX file")
     require_finite(torch_int8_logits, "int8 PyTorch")
     require_finite(int8_logits, "the int8 ONNX file")
@@ -115,8 +128,7 @@ def compare_int8(
             "torch_int8_min_top1_agreement",
             torch_agreement,
             gates.torch_int8_min_top1_agreement,
-            f"int8 ONNX agrees with int8 PyTorch on {torch_agreement:.2%} of predictions; on a CPU without VNNI "
-            "this is what saturating 8-bit weights look like",
+            f"int8 ONNX agrees with int8 PyTorch on {torch_agreement:.2%} of predictions{cause}",
         ),
     ]
     return {
@@ -158,6 +170,22 @@ def compare_with_first(
         "passed": check["passed"],
         "checks": [check],
     }
+
+
+def cause_of_difference(*, activations: str, weight_bits: int, target: Target) -> str:
+    """Why an int8 file may answer otherwise here than int8 PyTorch, as the end of a sentence; empty where nothing says.
+
+    `activations` and `weight_bits` are those of the int8 scheme.
+    """
+    if activations == "int8" and not target.fuses_int8_activations:
+        return (
+            f"; ONNX Runtime leaves int8 activations in float on {target.name}: use uint8, or set "
+            f"session.config {INT8_ACTIVATIONS_KEY}: '1' in the target"
+        )
+    if weight_bits == 8 and architecture() == "x86_64" and not has_vnni():
+        where = " (not on the target)" if target.architecture != "x86_64" else ""
+        return f"; this CPU shows no VNNI, without which 8-bit weights saturate{where}"
+    return ""
 
 
 def at_most(gate: str, value: float, limit: float, sentence: str) -> dict[str, Any]:

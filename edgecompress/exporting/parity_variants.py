@@ -23,6 +23,7 @@ from edgecompress.data.preprocessing import Preprocessing
 from edgecompress.exporting.onnx_export import INPUT_NAME, OUTPUT_NAME, open_session
 from edgecompress.exporting.parity import Logits, at_least, at_most, largest_differences, require_finite, top1_agreement
 from edgecompress.settings.recipe import Gates
+from edgecompress.settings.target import Target
 
 Json = dict[str, Any]
 _BATCH = 8
@@ -85,9 +86,11 @@ def choose_subset(
     return Subset(split, preprocessing, indices, positions, torch.cat([images for images, _ in batches]))
 
 
-def run_feeds(path: Path, feeds: Iterable[NDArray[Any]], *, total: int, variant: Variant = VARIANTS[1]) -> Logits:
+def run_feeds(
+    path: Path, feeds: Iterable[NDArray[Any]], *, total: int, target: Target, variant: Variant = VARIANTS[1]
+) -> Logits:
     """Logits [samples, classes] of a file, .onnx or .ort, for batches in turn."""
-    session = open_session(path, threads=variant.threads, optimize=variant.optimize)
+    session = open_session(path, target=target, threads=variant.threads, optimize=variant.optimize)
     collected: list[Logits] = []
     with console.progress(f"running {path.name}, {variant.text}", total) as advance:
         for batch in feeds:
@@ -96,7 +99,9 @@ def run_feeds(path: Path, feeds: Iterable[NDArray[Any]], *, total: int, variant:
     return np.concatenate(collected)
 
 
-def compare_variants(path: Path, subset: Subset, reference: Logits, gates: Gates, *, precision: str) -> Json:
+def compare_variants(
+    path: Path, subset: Subset, reference: Logits, gates: Gates, *, precision: str, target: Target
+) -> Json:
     """A plain file in every variant against `reference`, the logits of its usual run on the same images.
 
     For int8, running without the optimizer computes the layers in float between the same roundings: it is held to
@@ -105,7 +110,7 @@ def compare_variants(path: Path, subset: Subset, reference: Logits, gates: Gates
     rows: list[Json] = []
     checks: list[Json] = []
     for variant in VARIANTS:
-        logits = run_feeds(path, subset.normalized(variant.batch), total=len(subset), variant=variant)
+        logits = run_feeds(path, subset.normalized(variant.batch), total=len(subset), target=target, variant=variant)
         row, own = _compare(f"{precision} with {variant.text}", reference, logits, gates, precision=precision)
         if precision == "int8" and not variant.optimize:
             row["note"] = "layers in float between the same roundings"
@@ -123,14 +128,20 @@ def compare_variants(path: Path, subset: Subset, reference: Logits, gates: Gates
 
 
 def compare_ort_format(
-    files: dict[str, Path], references: dict[str, Logits], subset: Subset, gates: Gates, *, whole_images: bool
+    files: dict[str, Path],
+    references: dict[str, Logits],
+    subset: Subset,
+    gates: Gates,
+    *,
+    whole_images: bool,
+    target: Target,
 ) -> Json:
     """Each .ort file against the ONNX file it was made from; `whole_images` where preprocessing is inside both."""
     document: Json = {"samples": len(subset)}
     checks: list[Json] = []
     for precision, path in files.items():
         feeds = subset.whole() if whole_images else subset.normalized(_BATCH)
-        logits = run_feeds(path, feeds, total=len(subset))
+        logits = run_feeds(path, feeds, total=len(subset), target=target)
         row, own = _compare(
             path.name, references[precision], logits, gates, precision=precision, against="its ONNX file"
         )
@@ -146,6 +157,8 @@ def compare_with_preprocessing(
     subset: Subset,
     labels: NDArray[np.int64],
     gates: Gates,
+    *,
+    target: Target,
 ) -> tuple[Json, dict[str, Logits]]:
     """Files with their preprocessing inside, on the images as they come, against the Python pipeline.
 
@@ -168,7 +181,9 @@ def compare_with_preprocessing(
     checks: list[Json] = []
     found: dict[str, Logits] = {}
     for precision, path in files.items():
-        logits = found[precision] = run_feeds(path, subset.whole(), total=len(subset), variant=Variant(1, 0, True))
+        logits = found[precision] = run_feeds(
+            path, subset.whole(), total=len(subset), target=target, variant=Variant(1, 0, True)
+        )
         reference = references[precision]
         require_finite(logits, f"the {precision} file with preprocessing inside")
         difference, relative = largest_differences(reference, logits)

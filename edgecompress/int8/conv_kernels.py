@@ -94,7 +94,7 @@ def choose_conv_kernels(path: Path, target: Target) -> KernelChoice | None:
         if not faster:
             return KernelChoice((), len(names), None, None)
         onnx.save(_shifted(onnx.load(str(path)), faster), str(mixed))
-        _require_equal(path, mixed)
+        _require_equal(path, mixed, target)
         measured = measure_latency(
             {"before": path, "after": mixed},
             threads=target.threads,
@@ -193,9 +193,9 @@ def _times(path: Path, target: Target) -> dict[str, float]:
     return {kernel.name: kernel.ms for kernel in times.kernels if kernel.name and kernel.operator == "QLinearConv"}
 
 
-def _require_equal(before: Path, after: Path) -> None:
+def _require_equal(before: Path, after: Path, target: Target) -> None:
     """Both files give the same logits for the same images, to the last bit. Raises ExportError."""
-    sessions = [open_session(path) for path in (before, after)]
+    sessions = [open_session(path, target=target) for path in (before, after)]
     entry = sessions[0].get_inputs()[0]
     shape = [2, *(size if isinstance(size, int) else 1 for size in entry.shape[1:])]
     images = np.random.default_rng(0).normal(size=shape).astype(np.float32)

@@ -29,6 +29,7 @@ from edgecompress.data.preprocessing import Preprocessing
 from edgecompress.errors import ProfileError
 from edgecompress.exporting.preprocessing_graph import PIXEL_FORM, PREFIX
 from edgecompress.measure.measure_worker import DTYPES, input_shape
+from edgecompress.settings.target import INT8_ACTIVATIONS_KEY
 
 # Position of the weights among the inputs, for each operator that multiplies and accumulates.
 _CONVOLUTIONS = {"Conv": 1, "FusedConv": 1, "NhwcFusedConv": 1, "NhwcConv": 1, "ConvInteger": 1, "QLinearConv": 3}
@@ -104,9 +105,15 @@ class _Tensor:
 
 
 def inspect_integer_graph(
-    model: Path, *, threads: int = 1, on_arm: bool = False, shapes: Mapping[str, Sequence[int | None]] | None = None
+    model: Path,
+    *,
+    threads: int = 1,
+    int8_activations: bool = False,
+    shapes: Mapping[str, Sequence[int | None]] | None = None,
 ) -> IntegerGraph:
     """Optimize a model as the CPU provider would, and count what it runs. Raises ProfileError.
+
+    `int8_activations` fuses them as well, as Arm builds do by default and x86 builds where they are asked.
 
     The inputs' axes beside the batch must be fixed, or given a size by `shapes` [input], but for a file of ours with
     its preprocessing inside. The result holds for the kind of CPU at hand: fusions are the same on every CPU, layouts
@@ -115,8 +122,8 @@ def inspect_integer_graph(
     if not model.is_file():
         raise ProfileError(f"{model}: no such file; export the model first")
     with tempfile.TemporaryDirectory(prefix="edgecompress-") as folder:
-        all_passes = _options(ort.GraphOptimizationLevel.ORT_ENABLE_ALL, threads, on_arm)
-        extended = _options(ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED, threads, on_arm)
+        all_passes = _options(ort.GraphOptimizationLevel.ORT_ENABLE_ALL, threads, int8_activations)
+        extended = _options(ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED, threads, int8_activations)
         running = _optimized(model, all_passes, Path(folder) / "all.onnx")
         fused = _optimized(model, extended, Path(folder) / "fused.onnx")
     tensors = _tensors(fused, model, threads, shapes or {})
@@ -138,11 +145,9 @@ def inspect_integer_graph(
     )
 
 
-def _options(level: ort.GraphOptimizationLevel, threads: int, on_arm: bool = False) -> ort.SessionOptions:
+def _options(level: ort.GraphOptimizationLevel, threads: int, int8_activations: bool = False) -> ort.SessionOptions:
     options = ort.SessionOptions()
-    if on_arm:
-        # The default of Arm builds, where int8 activations have kernels; off by default on x86.
-        options.add_session_config_entry("session.qdqisint8allowed", "1")
+    options.add_session_config_entry(INT8_ACTIVATIONS_KEY, "1" if int8_activations else "0")
     options.intra_op_num_threads = threads
     options.graph_optimization_level = level
     options.log_severity_level = 3  # it warns that a layout-optimized file is for this machine alone

@@ -179,7 +179,7 @@ def measure_side_by_side(
 
 def _static(path: Path, target: Target, shapes: Mapping[str, Sequence[int | None]] | None) -> Json:
     """What the file says by itself, whatever the machine."""
-    graph = inspect_integer_graph(path, on_arm=target.architecture == "aarch64", shapes=shapes)
+    graph = inspect_integer_graph(path, int8_activations=target.fuses_int8_activations, shapes=shapes)
     return {
         "size_bytes": path.stat().st_size,
         "size_bytes_compressed": compressed_size_bytes(path),

@@ -201,8 +201,8 @@ class Trial:
         baseline_id = str(manifest["baseline"]["id"])
         baseline_file = folder / BASELINE_FILE if (folder / BASELINE_FILE).is_file() else folder / FP32_FILE
         baseline_model, _ = rebuild(run.stage(baseline_id))
-        accuracy, images = _val_accuracy(folder / INT8_FILE, data, checkpoint)
-        before, _ = _val_accuracy(baseline_file, data, baseline_model)
+        accuracy, images = _val_accuracy(folder / INT8_FILE, data, checkpoint, self.terms.target)
+        before, _ = _val_accuracy(baseline_file, data, baseline_model, self.terms.target)
         int8 = profile["models"]["int8"]
         layers = self._layers(checkpoint)
         last: Json = next(e for e in manifest["stages"] if e["id"] == recipe.quantize_stage.id)
@@ -264,11 +264,11 @@ def _epochs_of(stage: FloatStage) -> int:
     return stage.epochs
 
 
-def _val_accuracy(path: Path, data: ImageData, checkpoint: Checkpoint) -> tuple[float, int]:
+def _val_accuracy(path: Path, data: ImageData, checkpoint: Checkpoint, target: Target) -> tuple[float, int]:
     """Accuracy of an ONNX file on val, and the number of images."""
     preprocessing = checkpoint.architecture.preprocessing
     split = data.splits["val"].prepare(preprocessing, cache=False)
-    logits = run_onnx(path, split, preprocessing, np.arange(len(split), dtype=np.int64))
+    logits = run_onnx(path, split, preprocessing, np.arange(len(split), dtype=np.int64), target=target)
     return float(np.mean(logits.argmax(axis=1) == split.labels.numpy())), len(split)
 
 

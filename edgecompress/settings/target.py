@@ -28,6 +28,9 @@ from edgecompress.settings.model_settings import Identifier
 from edgecompress.settings.onnx_versions import OLDEST, OPSETS, newest_read, oldest_ir, oldest_release
 from edgecompress.settings.yaml_files import find_settings, read_yaml_mapping
 
+INT8_ACTIVATIONS_KEY = "session.qdqisint8allowed"
+"""The session key by which int8 activations are fused into integer kernels: on by default in Arm builds alone."""
+
 # Session keys that matter on a CPU, for hints alone: ONNX Runtime takes any key, and ignores a misspelt one in silence.
 # Source: onnxruntime_session_options_config_keys.h of the onnxruntime repository.
 _SESSION_KEYS = (
@@ -35,7 +38,7 @@ _SESSION_KEYS = (
     *("session.intra_op_thread_affinities", "session.set_denormal_as_zero", "session.disable_prepacking"),
     *("session.use_env_allocators", "session.use_device_allocator_for_initializers", "session.dynamic_block_base"),
     *("session.disable_quant_qdq", "session.enable_quant_qdq_cleanup", "session.disable_double_qdq_remover"),
-    *("session.qdqisint8allowed", "session.x64quantprecision", "session.disable_aot_function_inlining"),
+    *(INT8_ACTIVATIONS_KEY, "session.x64quantprecision", "session.disable_aot_function_inlining"),
     *("optimization.enable_gelu_approximation", "optimization.disable_specified_optimizers"),
     *("mlas.enable_gemm_fastmath_arm64_bfloat16", "mlas.disable_kleidiai"),
 )
@@ -258,6 +261,15 @@ class Target(FrozenSettings):
         reads = newest_read(self.onnxruntime_min)
         assert reads is not None  # validated
         return self.max_ir_version or reads.ir
+
+    @property
+    def fuses_int8_activations(self) -> bool:
+        """Whether the device's sessions run int8 activations on integer kernels: Arm builds do, x86 builds if asked.
+
+        A machine of another kind that computes the device's answers must run the same graph.
+        """
+        default = "1" if self.architecture == "aarch64" else "0"
+        return self.session.config.get(INT8_ACTIVATIONS_KEY, default) == "1"
 
     def session_settings(self) -> dict[str, Any]:
         """How a session is made for this target beside threads and providers, in the measuring process's own words."""

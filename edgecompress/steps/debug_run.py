@@ -70,7 +70,7 @@ def _exported(run: RunDirectory, target: Target) -> Json | None:
         return None
     name = str(file.relative_to(run.path))
     try:
-        graph = inspect_integer_graph(file, on_arm=target.architecture == "aarch64")
+        graph = inspect_integer_graph(file, int8_activations=target.fuses_int8_activations)
     except ProfileError as error:
         return {"file": name, "error": str(error)}
     return {"file": name, "int8_mac_coverage": graph.int8_mac_coverage, "float_islands": graph.float_islands}

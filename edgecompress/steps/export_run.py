@@ -27,6 +27,7 @@ from edgecompress.exporting.onnx_export import OUTPUT_NAME, Provenance, export_o
 from edgecompress.exporting.ort_format import OPERATORS_FILE, convert, mobile_usability, remove_stale
 from edgecompress.exporting.parity import (
     Logits,
+    cause_of_difference,
     class_changes,
     compare_float,
     compare_int8,
@@ -195,7 +196,7 @@ def _export_and_compare(work: _Work, *, int8: bool, ort: bool) -> Json:
     baseline = _export_baseline(work)
     labels = work.split.labels.numpy()[indices]
     torch_logits = load_logits(work.run, last_float_id(recipe))[indices]
-    onnx_logits = run_onnx(work.plain / FP32_FILE, work.split, work.preprocessing, indices)
+    onnx_logits = run_onnx(work.plain / FP32_FILE, work.split, work.preprocessing, indices, target=work.target)
     parity: Json = {
         "target": work.target.name,
         "split": work.data.report_split,
@@ -217,7 +218,7 @@ def _export_and_compare(work: _Work, *, int8: bool, ort: bool) -> Json:
     plain = {"fp32": work.plain / FP32_FILE} | ({"int8": work.plain / INT8_FILE} if int8 else {})
     chosen = {precision: logits[subset.positions] for precision, logits in usual.items()}
     parity["variants"] = {
-        precision: compare_variants(path, subset, chosen[precision], gates, precision=precision)
+        precision: compare_variants(path, subset, chosen[precision], gates, precision=precision, target=work.target)
         for precision, path in plain.items()
     }
     if work.form == PIXEL_FORM:
@@ -227,13 +228,15 @@ def _export_and_compare(work: _Work, *, int8: bool, ort: bool) -> Json:
         files = {precision: work.folder / path.name for precision, path in plain.items()}
         references = {precision: logits[subset.positions] for precision, logits in python.items()}
         parity["with_preprocessing"], chosen = compare_with_preprocessing(
-            files, references, subset, labels[subset.positions], gates
+            files, references, subset, labels[subset.positions], gates, target=work.target
         )
     if work.answers:
         files = {precision: work.folder / path.name for precision, path in plain.items()}
         for path in [*files.values(), *([work.folder / BASELINE_FILE] if baseline else [])]:
             append_answers(path, work.answers)
-        parity["answers"] = compare_answers(files, subset, work.answers, whole_images=work.form == PIXEL_FORM)
+        parity["answers"] = compare_answers(
+            files, subset, work.answers, whole_images=work.form == PIXEL_FORM, target=work.target
+        )
     for path in stale:
         path.unlink()
     _write_ort_format(work, parity, chosen, subset, wanted=ort)
@@ -252,9 +255,12 @@ def _export_int8(work: _Work, parity: Json, onnx_logits: Logits, labels: NDArray
     work.export(model.graph, INT8_FILE, work.float_model, precision="int8", scheme=str(scheme.to_dict()))
     path = work.plain / INT8_FILE
     kernels = _choose_kernels(work, path)
-    int8_logits = run_onnx(path, work.split, work.preprocessing, work.indices)
-    graph = inspect_integer_graph(path, on_arm=target.architecture == "aarch64")
-    parity["onnx_int8"] = compare_int8(onnx_logits, int8_logits, torch_int8_logits, labels, recipe.gates) | {
+    int8_logits = run_onnx(path, work.split, work.preprocessing, work.indices, target=target)
+    graph = inspect_integer_graph(path, int8_activations=target.fuses_int8_activations)
+    cause = cause_of_difference(activations=scheme.activations, weight_bits=scheme.weight_bits, target=target)
+    parity["onnx_int8"] = compare_int8(
+        onnx_logits, int8_logits, torch_int8_logits, labels, recipe.gates, cause=cause
+    ) | {
         "scheme": scheme.to_dict(),
         "op_counts": graph.op_counts,
         "int8_mac_coverage": graph.int8_mac_coverage,
@@ -341,7 +347,7 @@ def _write_ort_format(
     models = {precision: work.folder / names[precision] for precision in references}
     files = dict(zip(models, convert(list(models.values()), work.folder, target=work.target), strict=True))
     parity["ort_format"] = compare_ort_format(
-        files, references, subset, work.recipe.gates, whole_images=work.form == PIXEL_FORM
+        files, references, subset, work.recipe.gates, whole_images=work.form == PIXEL_FORM, target=work.target
     ) | {
         "required_operators": OPERATORS_FILE,
         "mobile_usability": {precision: mobile_usability(path) for precision, path in models.items()},
