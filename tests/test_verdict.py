@@ -8,7 +8,7 @@ import pytest
 
 from edgecompress.measure.verdict import Verdict, decide
 from edgecompress.settings.gates import accuracy_gate
-from edgecompress.settings.target import Target
+from edgecompress.settings.target import Target, load_target
 
 
 def profile(
@@ -63,6 +63,13 @@ def test_slower_int8_is_said_first_and_holds() -> None:
     assert verdict.reasons[0].startswith("Int8 is slower than fp32")
     assert verdict.missed[1] == "Parity was missed."
     assert len(verdict.missed) == 3
+
+
+@pytest.mark.parametrize(("isa", "said"), [(["avx2", "avx512_vnni"], True), (["avx2"], False)])
+def test_a_machine_faster_than_the_target_is_said_before_all(isa: list[str], said: bool) -> None:
+    measured = profile() | {"device": {"machine": {"isa": isa}}}
+    found = decide(measured, target=load_target("x86-avx2"), gates_missed=["Parity is broken."], accuracy_drop=0.0)
+    assert ("this one has it, so int8 may be faster here" in found.reasons[0]) is said
 
 
 def test_slower_int8_that_the_target_allows_is_still_said_first() -> None:

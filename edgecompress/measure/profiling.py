@@ -362,18 +362,24 @@ def _method(
     }
 
 
+def faster_than_target(target: Target, machine: Json) -> str | None:
+    """Why int8 may be faster where it was measured than on the target itself; None where nothing says so."""
+    if target.architecture != "x86_64" or target.int8.weight_bits != 7:
+        return None
+    if not set(VNNI_FEATURES) & set(machine["isa"] or ()):
+        return None
+    return "The target describes a machine without VNNI; this one has it, so int8 may be faster here than there."
+
+
 def _notes(target: Target, *, measured: bool, machine: Json, has_images: bool) -> list[str]:
     notes: list[str] = []
     if not measured:
         if machine["architecture"] != target.architecture:
             notes.append(f"Operators were counted by ONNX Runtime on {machine['architecture']}.")
         return notes
-    if (
-        target.architecture == "x86_64"
-        and target.int8.weight_bits == 7
-        and set(VNNI_FEATURES) & set(machine["isa"] or ())
-    ):
-        notes.append("The target describes a machine without VNNI; this one has it, so int8 may be faster here.")
+    faster = faster_than_target(target, machine)
+    if faster is not None:
+        notes.append(faster)
     if target.isa and machine["isa"] is None:
         notes.append("This system does not list CPU features; that the machine has the target's is taken on trust.")
     if machine["cores"] is not None and machine["cores"] < target.threads:

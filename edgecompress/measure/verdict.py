@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from edgecompress.measure.profiling import NOISY_FRACTION
+from edgecompress.measure.profiling import NOISY_FRACTION, faster_than_target
 from edgecompress.settings.gates import allows_drop
 from edgecompress.settings.target import Target
 
@@ -32,6 +32,7 @@ class Verdict:
 
 @dataclass
 class _Findings:
+    first: list[str] = field(default_factory=list)
     slower: list[str] = field(default_factory=list)
     missed: list[str] = field(default_factory=list)
     doubts: list[str] = field(default_factory=list)
@@ -45,9 +46,10 @@ def decide(profile: Json, *, target: Target, gates_missed: Sequence[str], accura
 
     `gates_missed` are sentences about missed parity or accuracy gates; `accuracy_drop` is a fraction against
     the recipe's first model, None where it was not measured. The model judged is int8 where there is one.
-    Reasons come in order of weight: int8 that is slower than fp32 first of all, whatever the target allows, then a
-    model that was not found to be faster than the first one, or int8 than fp32, then what was missed, what is in
-    doubt, what holds, and last that the machine was busy, which is in the intervals and decides nothing.
+    Reasons come in order of weight: int8 that is slower than fp32 first of all, whatever the target allows, then that
+    the machine measured is faster than the target, a model that was not found to be faster than the first one, or int8
+    than fp32, then what was missed, what is in doubt, what holds, and last that the machine was busy, which is in the
+    intervals and decides nothing.
     """
     findings = _Findings()
     name = "int8" if "int8" in profile["models"] else "fp32"
@@ -66,7 +68,7 @@ def _verdict(findings: _Findings) -> Verdict:
     elif findings.doubts:
         verdict = "inconclusive"
     by_weight = (
-        *(findings.slower, findings.remarks, findings.missed),
+        *(findings.slower, findings.first, findings.remarks, findings.missed),
         *(findings.doubts, findings.met, findings.cautions),
     )
     reasons = dict.fromkeys(text for texts in by_weight for text in texts)  # what is slower may be missed too
@@ -84,6 +86,9 @@ def _judge_costs(name: str, profile: Json, target: Target, findings: _Findings) 
     model = profile["models"][name]
     _judge_size(name, model, target, findings)
     if profile["measured"]:
+        machine = (profile.get("device") or {}).get("machine")
+        faster = faster_than_target(target, machine) if machine else None
+        findings.first += [faster] if faster else []
         _judge_intervals(name, model, target, findings, crowded=_crowded(profile))
     else:
         why = "; ".join(profile["not_measured_because"]) or "the target is not at hand"
