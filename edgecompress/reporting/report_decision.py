@@ -12,7 +12,7 @@ from typing import Any
 from edgecompress.reporting import summary, value_text
 from edgecompress.reporting.fact_rows import command_text, run_words, sayings
 from edgecompress.reporting.report_gain import baseline_and_last
-from edgecompress.reporting.report_trust import class_rows
+from edgecompress.reporting.report_trust import class_rows, layer_notes
 from edgecompress.reporting.summary import Json, entries, section
 from edgecompress.reporting.value_text import number
 from edgecompress.run_directory import RunDirectory
@@ -90,8 +90,8 @@ def _parity_misses(parity: Json) -> list[str]:
 
 
 def loud_notes(manifest: Json) -> list[str]:
-    """The run's notes that come before anything else: all but those that only describe the data."""
-    quiet = sayings(section(manifest, "data").get("notes"))
+    """The run's notes that come before anything else: all but those that only describe the data or single layers."""
+    quiet = [*sayings(section(manifest, "data").get("notes")), *layer_notes(manifest)]
     return [note for note in sayings(manifest.get("notes")) if note not in quiet]
 
 

@@ -69,7 +69,7 @@ def trust_facts(
             *_comparisons(parity, {str(gate.get("gate")): gate.get("passed") for gate in gates}),
             *_other_comparisons(parity),
         ],
-        "remarks": parity_remarks(parity),
+        "remarks": [*parity_remarks(parity), *layer_notes(manifest)],
         "scheme": fact_rows(
             {
                 **section(parity, "onnx_int8", "scheme"),
@@ -96,6 +96,11 @@ def trust_facts(
         "classes_changed": len(changed),
         "classes_hidden": max(0, len(changed) - WORST_CLASSES),
     }
+
+
+def layer_notes(manifest: Json) -> list[str]:
+    """What stages found about layers that no gate asks for."""
+    return [note for stage in entries(manifest, "stages") for note in sayings(stage.get("layer_notes"))]
 
 
 def _comparisons(parity: Json, passed: Mapping[str, Any]) -> list[dict[str, Any]]:

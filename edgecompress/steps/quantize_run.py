@@ -191,8 +191,9 @@ def _dead_channels(
     chosen = torch.from_numpy(calibration_indices(train.labels.numpy(), DEAD_CHANNEL_IMAGES, recipe.seed))
     images, _ = next(train.batches(DEAD_CHANNEL_IMAGES, indices=chosen))
     dead = dead_channels(model.reference, preprocessing.normalize(images))
-    if dead:
-        text = f"stage {stage.id}: {dead_sentence(dead, len(images))}."
+    notes = [f"stage {stage.id}: {dead_sentence(dead, len(images))}."] if dead else []
+    for text in notes:
         console.note(text)
-        run.update_manifest(lambda m: m["notes"].append(text) if text not in m["notes"] else None)
-    return {"dead_channels": {name: {"dead": count, "channels": total} for name, (count, total) in dead.items()}}
+    run.update_manifest(lambda m: m["notes"].extend(text for text in notes if text not in m["notes"]))
+    counts = {name: {"dead": count, "channels": total} for name, (count, total) in dead.items()}
+    return {"layer_notes": notes, "dead_channels": counts}
