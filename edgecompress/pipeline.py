@@ -65,13 +65,17 @@ INT8_IMAGES, CHANNEL_IMAGES = 32, 256  # held-out images of sensitivity; accurac
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a command did: where, what it left, and which gates or budgets were missed, in words."""
+    """What a command did: where, for which targets, what it left, and which gates or budgets were missed, in words.
+
+    `targets` are those that the command worked on, empty where it worked on none of the run's in particular.
+    """
 
     run: RunDirectory
     manifest: Json
     missed: list[str] = field(default_factory=list)
     profiles: dict[str, Json] = field(default_factory=dict)
     reports: dict[str, ReportPaths] = field(default_factory=dict)
+    targets: tuple[str, ...] = ()
 
     @property
     def int8_stage(self) -> str:
@@ -148,7 +152,7 @@ def export(
     form: Json = {"with_preprocessing": with_preprocessing, "ort": ort, "answers": Answers(softmax, top_k)}
     export_run(run, resolved, int8=int8, overrides=tuple(overrides), **form)
     manifest = run.read_manifest()
-    return Outcome(run, manifest, missed_gates(manifest, resolved.name))
+    return Outcome(run, manifest, missed_gates(manifest, resolved.name), targets=(resolved.name,))
 
 
 @_alone
@@ -177,7 +181,14 @@ def profile(
     how: Json = {"seconds": seconds, "thoroughness": thoroughness, "host": host, "results": results, "depth": depth}
     document = profile_run(run, resolved, folder=folder, **how)
     report = write_report(run, resolved.name)
-    return Outcome(run, run.read_manifest(), document["missed"], {resolved.name: document}, {resolved.name: report})
+    return Outcome(
+        run,
+        run.read_manifest(),
+        document["missed"],
+        {resolved.name: document},
+        {resolved.name: report},
+        targets=(resolved.name,),
+    )
 
 
 def profile_files(
@@ -213,7 +224,7 @@ def report(path: Path | None, *, target: str | None = None, formats: Sequence[st
     if not names:
         raise RunError(f"{run.path}: no target yet; first: edgecompress profile {run.path} --target x86")
     reports = {name: write_report(run, name, formats) for name in names}
-    return Outcome(run, run.read_manifest(), reports=reports)
+    return Outcome(run, run.read_manifest(), reports=reports, targets=tuple(names))
 
 
 def compare(
@@ -345,7 +356,7 @@ def run(
         judged = [name for name, profile in profiles.items() if profile["measured"]]
         missed = missed_gates(manifest, without_speed_on=judged)
         missed += [text for profile in profiles.values() for text in profile["missed"]]
-        return Outcome(directory, manifest, list(dict.fromkeys(missed)), profiles, reports)
+        return Outcome(directory, manifest, list(dict.fromkeys(missed)), profiles, reports, targets=tuple(names))
 
 
 def plan(

@@ -13,6 +13,7 @@ import json
 import math
 import os
 import platform
+import shlex
 import tempfile
 import threading
 import tokenize
@@ -179,6 +180,27 @@ class RunDirectory:
 
     def report_path(self, target: str, suffix: str) -> Path:
         return self.path / "report" / f"{target}.{suffix}"
+
+    def exported_files(self, target: str) -> dict[str, str]:
+        """sha256 of each ONNX file that is exported for a target, by the file's name."""
+        return {path.name: sha256_of(path) for path in sorted(self.export_for(target).glob("*.onnx"))}
+
+    def read_profile(self, target: str) -> Json | None:
+        """A target's profile; None where there is none, or where it is of other files than those exported now."""
+        path = self.profile_path(target)
+        return read_json(path) if path.is_file() and self.stale_profile(target) is None else None
+
+    def stale_profile(self, target: str) -> str | None:
+        """What must be said of a profile whose files are not those exported now; None where there is no such."""
+        path = self.profile_path(target)
+        measured = read_json(path).get("files") if path.is_file() else None
+        # A profile of a version that did not name its files is taken at its word.
+        if measured is None or measured == self.exported_files(target):
+            return None
+        return (
+            f"The profile for {target} is of other files than those exported now, so no latency is known of these; "
+            f"measure them: edgecompress profile {shlex.quote(str(self.path))} --target {target}"
+        )
 
     def read_manifest(self) -> Json:
         """Raises RunError when this is no run directory."""

@@ -273,6 +273,18 @@ def test_the_verdict_is_the_profiles(tmp_path: Path, verdict: str) -> None:
     assert ("DO NOT SHIP" in readme) is (verdict == "hold")
 
 
+def test_a_profile_of_other_files_is_no_verdict(tmp_path: Path) -> None:
+    run = small_run(tmp_path / "run")
+    profile = {"verdict": "ship", "measured": True, "reasons": ["Because."], "missed": []}
+    write_json(run.profile_path("here"), profile | {"files": run.exported_files("here")})
+    assert bundled(run, tmp_path / "out").caution is None
+    write_json(run.profile_path("here"), profile | {"files": {"model.onnx": "another"}})
+    made = bundled(run, tmp_path / "out")
+    assert made.manifest["verdict"]["verdict"] is None
+    words = "Not profiled for here, so there is no verdict yet. The profile for here is of other files"
+    assert (made.caution or "").startswith(words)
+
+
 def test_nothing_of_others_is_overwritten(run: RunDirectory, tmp_path: Path) -> None:
     made = bundled(run, tmp_path)
     (made.folder / "mine.txt").write_text("mine")

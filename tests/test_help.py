@@ -24,7 +24,7 @@ from edgecompress.commands.next_steps import (
     next_command,
 )
 from edgecompress.deploy.verify import Verification
-from edgecompress.run_directory import RunDirectory
+from edgecompress.run_directory import RunDirectory, write_json
 from test_schemas import commands
 
 COMMANDS = commands(get_command(app))
@@ -88,7 +88,6 @@ def test_refused_values_are_named_in_plain_words(command_line: CommandLine, type
 
 def test_the_next_command(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path / "my run")
-    (run.path / "profile").mkdir(parents=True)
     place = f"'{run.path}'"
 
     def after(manifest: dict[str, Any], verdict: str | None = None, **options: Any) -> str:
@@ -105,8 +104,24 @@ def test_the_next_command(tmp_path: Path) -> None:
     assert after(both, "ship") == f"report {place} --open"
     reports: Any = {"rpi4": object()}
     assert after(both, "ship", reports=reports) == f"bundle {place} --target rpi4"
-    (run.path / "profile").rmdir()
     assert after(both) == f"profile {place} --target rpi4"
+
+
+def test_the_next_command_is_about_the_targets_worked_on(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path / "run")
+    manifest = {"targets": ["rpi4", "x86"], "exports": {"rpi4": {"int8": True}, "x86": {"int8": True}}}
+    for name, verdict in (("rpi4", "hold"), ("x86", "ship")):
+        write_json(run.profile_path(name), {"verdict": verdict, "measured": True})
+
+    def after(*targets: str) -> str:
+        return next_command(pipeline.Outcome(run, manifest, targets=targets))
+
+    assert after("x86") == f"edgecompress bundle {run.path} --target x86"
+    assert after("rpi4") == after("rpi4", "x86") == f"edgecompress debug-int8 {run.path}"
+    assert after() == f"edgecompress debug-int8 {run.path}"  # the run's first target is on hold
+    assert after("x86-avx2") == f"edgecompress profile {run.path} --target x86-avx2"
+    write_json(run.profile_path("x86"), {"verdict": "ship", "measured": True, "files": {"model.onnx": "another"}})
+    assert after("x86") == f"edgecompress profile {run.path} --target x86"
 
 
 def _parses(text: str) -> str:

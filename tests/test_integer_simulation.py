@@ -91,7 +91,7 @@ def test_sums_too_large_for_float32_are_exact(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(architecture() == "x86_64" and not has_vnni(), reason="8-bit weights saturate on this CPU")
 def test_int8_activations_equal_what_arm_computes(tmp_path: Path) -> None:
-    """Arm's scheme. x86 leaves some of it in float of its own accord (here a sum), so that parity asks for Arm's graph."""
+    """Arm's scheme. x86 leaves some of it in float of its own accord (here a sum), so parity asks for Arm's graph."""
     model = quantized(seeded(PATTERNS["Clamped"]()), scheme=Scheme("int8", 8))
     target = load_target("rpi4")
     export(model.graph, tmp_path / "net.onnx", target=target)

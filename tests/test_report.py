@@ -371,6 +371,31 @@ def test_notes_on_the_data_stay_with_the_data(tmp_path: Path) -> None:
     assert document["making"]["data_notes"] == MANIFEST["data"]["notes"]
 
 
+def test_notes_on_layers_stay_with_the_layers(tmp_path: Path) -> None:
+    note = "stage int8: 1 channels give one value whatever the image shows: stem (1 of 8)."
+    stages = [*MANIFEST["stages"][:-1], MANIFEST["stages"][-1] | {"layer_notes": [note]}]
+    changes = {"notes": [note, "The weights are random."], "stages": stages}
+    document = report_document(make_run(tmp_path / "run", manifest=changes), "x86")
+    assert document["decision"]["notes"] == ["The weights are random."]
+    assert note in document["trust"]["remarks"]
+
+
+def test_a_profile_of_other_files_is_none(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = make_run(tmp_path / "run")
+    run.write_document(run.profile_path("x86"), PROFILE | {"files": run.exported_files("x86")})
+    before = report_document(run, "x86")
+    assert (before["stale_profile"], before["missing"]) == (None, [])
+    with run.replacing(run.export):  # as another export does
+        (run.export / "model.int8.onnx").write_bytes(b"other contents")
+    document = json.loads(write_report(run, "x86").json.read_text())
+    first = document["decision"]["notes"][0]
+    assert first.startswith("The profile for x86 is of other files than those exported now")
+    assert document["decision"]["verdict"] != "ship"
+    assert not document["decision"]["budgets"]
+    assert [row["what"] for row in document["missing"]] == ["profile"]
+    assert first in capsys.readouterr().err
+
+
 def test_worst_classes_come_first_and_the_rest_is_counted(tmp_path: Path) -> None:
     names = [
         {"name": f"class {i}", "samples": 10, "accuracy_fp32": 0.9, "accuracy_int8": 0.9 - i / 1000, "flips": i}

@@ -23,23 +23,23 @@ _OF_ONE_RUN = ("--resume", "--no-resume", "--json", "--quiet", "--no-gate")  # o
 def next_command(outcome: Outcome) -> str:
     """After a step of a run: the step that is still missing, or what the verdict asks for."""
     run, manifest = shlex.quote(str(outcome.run.path)), outcome.manifest
-    target = shlex.quote(str((manifest.get("targets") or ["x86"])[0]))
+    targets = outcome.targets or tuple(map(str, manifest.get("targets") or ()))[:1] or ("x86",)
     exported = manifest.get("exports", {})
     if not exported:
         return f"edgecompress export {run} --int8"
     if not any(export.get("int8") for export in exported.values()):
         return f"edgecompress export {run} --int8  # for int8 too"
-    verdicts = {name: document["verdict"] for name, document in outcome.profiles.items()}
-    if not verdicts and not (outcome.run.path / "profile").is_dir():
-        return f"edgecompress profile {run} --target {target}"
-    if "hold" in verdicts.values():
-        return f"edgecompress debug-int8 {run}"
-    unsure = [name for name, document in outcome.profiles.items() if document["verdict"] == "inconclusive"]
-    if unsure and outcome.profiles[unsure[0]]["measured"]:
-        return f"edgecompress profile {run} --target {shlex.quote(unsure[0])} --thorough"
-    if verdicts and not outcome.reports:
+    for target in targets:
+        profile = outcome.profiles.get(target) or outcome.run.read_profile(target)
+        if profile is None:
+            return f"edgecompress profile {run} --target {shlex.quote(target)}"
+        if profile["verdict"] == "hold":
+            return f"edgecompress debug-int8 {run}"
+        if profile["verdict"] == "inconclusive" and profile["measured"]:
+            return f"edgecompress profile {run} --target {shlex.quote(target)} --thorough"
+    if outcome.profiles and not outcome.reports:
         return f"edgecompress report {run} --open"
-    return f"edgecompress bundle {run} --target {target}"
+    return f"edgecompress bundle {run} --target {shlex.quote(targets[0])}"
 
 
 def after_validation(kind: str, name: str, searched: Sequence[str]) -> str:

@@ -175,7 +175,7 @@ def caution(document: Json) -> str | None:
     if verdict["verdict"] == "hold":
         return f"DO NOT SHIP: the verdict for {document['target']} is hold: {' '.join(verdict['missed'])}"
     if verdict["verdict"] is None:
-        return f"Not profiled for {document['target']}, so there is no verdict yet."
+        return " ".join([f"Not profiled for {document['target']}, so there is no verdict yet.", *verdict["reasons"]])
     if not verdict["measured"]:
         return f"Nothing was measured on {document['target']} itself; its verdict is {verdict['verdict']}."
     return None if verdict["verdict"] == "ship" else f"The verdict for {document['target']} is {verdict['verdict']}."
@@ -282,14 +282,13 @@ def _one_line(label: str) -> str:
 
 
 def _verdict(run: RunDirectory, target: Target, manifest: Json, exported: Path) -> Json:
-    path = run.profile_path(target.name)
-    profile = read_json(path) if path.is_file() else {}
+    profile, stale = run.read_profile(target.name) or {}, run.stale_profile(target.name)
     judged = [target.name] if profile.get("measured") else []
     missed = [*without_parity(exported), *missed_gates(manifest, target.name, without_speed_on=judged)]
     return {
         "verdict": profile.get("verdict"),
         "measured": bool(profile.get("measured")),
-        "reasons": list(profile.get("reasons", [])),
+        "reasons": [stale] if stale else list(profile.get("reasons", [])),
         "missed": list(profile.get("missed", [])),
         "gates_missed": missed,
     }

@@ -36,7 +36,7 @@ def report_document(run: RunDirectory, target: str) -> dict[str, Any]:
     export = run.export_for(target)
     is_begun = target in begun_exports(manifest)  # then parity.json speaks of files that may be gone
     parity = None if is_begun else _read_if_there(export / "parity.json")
-    profile = _read_if_there(run.profile_path(target))
+    profile, stale = run.read_profile(target), run.stale_profile(target)
     placement, sensitivity, debug = (_of_the_int8_stage(run, manifest, name) for name in _INT8_FILES)
     stages = summary.stage_rows(manifest)
     recipe = section(manifest, "recipe")
@@ -49,7 +49,8 @@ def report_document(run: RunDirectory, target: str) -> dict[str, Any]:
         "run": str(run.path),
         "subject": _subject(manifest, recipe),
         "changed": changed,
-        "decision": decision | {"notes": [*_changed_text(changed), *decision["notes"]]},
+        "stale_profile": stale,
+        "decision": decision | {"notes": [*([stale] if stale else []), *_changed_text(changed), *decision["notes"]]},
         "missing": _missing(run, target, parity, profile),
         "gain": gain_facts(stages, profile or {}, budget_rows(profile or {}, stages), placement),
         "trust": trust_facts(

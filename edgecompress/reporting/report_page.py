@@ -48,7 +48,7 @@ def write_report(run: RunDirectory, target: str, formats: Collection[str] = FORM
     """Render the pages of a target and write them atomically. Raises RunError when a file of the run makes no sense."""
     with console.busy(f"writing the report for {target}"), reading_documents(run), run.replacing(run.path / "report"):
         document = report_document(run, target)
-        if document["changed"]:
+        if document["stale_profile"] or document["changed"]:
             console.warn(document["decision"]["notes"][0])
         return write_pages(document, run.report_path(target, "html"), "report", formats)
 

@@ -83,6 +83,7 @@ def profile_run(
         "reasons": [*judged, *verdict.reasons],
         "missed": verdict.missed,
         "target_facts": target.model_dump(mode="json"),
+        "files": run.exported_files(target.name),
     }
     run.write_document(run.profile_path(target.name), profile)
     return profile
