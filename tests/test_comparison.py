@@ -15,7 +15,7 @@ from edgecompress.errors import ConfigurationError, RunError
 from edgecompress.reporting.accuracy_pairs import paired_difference
 from edgecompress.reporting.comparison import comparison_document
 from edgecompress.reporting.differences import accuracy_difference, size_ratio, time_ratio
-from edgecompress.run_directory import RunDirectory, write_json
+from edgecompress.run_directory import RunDirectory, read_json, write_json
 from edgecompress.training.evaluate import wilson_interval
 from report_runs import HOSTILE, MANIFEST, PROFILE, full_run, make_run
 from test_report import HtmlPage
@@ -137,6 +137,22 @@ def test_other_training_images_do_not_matter_for_what_is_reported(tmp_path: Path
 def test_a_difference_within_chance_is_none(tmp_path: Path) -> None:
     document = comparison_document([_run(tmp_path / "a", accuracy=0.975), _run(tmp_path / "b", accuracy=0.97)])
     assert document["sentence"] == "No difference in accuracy, latency, size and memory was found."
+
+
+def test_the_sentence_covers_what_the_rows_find(tmp_path: Path) -> None:
+    a, b = _run(tmp_path / "a"), _run(tmp_path / "b")
+    for run, value in ((a, 1.0), (b, 2.6)):
+        profile = read_json(run.profile_path("x86"))
+        for model in profile["models"].values():
+            model["latency_ms"] |= {"p90": value, "p90_ci95": [0.98 * value, 1.02 * value]}
+        write_json(run.profile_path("x86"), profile)
+    document = comparison_document([a, b])
+    (cell,) = [row["cells"][1] for row in document["metrics"] if row["key"] == "latency_ms_p90"]
+    assert cell["difference"]["better"] == "reference"
+    assert document["sentence"] == (
+        "No difference in accuracy, latency, size and memory was found; "
+        f"yet b differs from a in Latency, 90th percentile ({cell['difference_text']})."
+    )
 
 
 def test_other_images_and_other_machines_are_said(tmp_path: Path) -> None:

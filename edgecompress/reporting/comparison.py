@@ -20,7 +20,7 @@ from edgecompress.reporting.report_facts import report_document
 from edgecompress.reporting.summary import Json, section
 from edgecompress.reporting.value_text import number
 from edgecompress.reporting.variants import name_of, pair, variants
-from edgecompress.run_directory import RunDirectory, is_plain_name, read_json, reading_documents
+from edgecompress.run_directory import RunDirectory, is_plain_name, reading_documents
 
 _LEAVES_SHOWN = 40
 _BUSY = 0.05  # a fixed loop that differs this much between two runs: the machine was not the same
@@ -91,8 +91,7 @@ def _candidates(runs: Sequence[RunDirectory], target: str | None) -> list[Candid
     paths = [run.path.resolve().name for run, _, _ in found]
     candidates: list[Candidate] = []
     for (run, name, manifest), own in zip(found, paths, strict=True):
-        path = run.profile_path(name)
-        profile = read_json(path) if path.is_file() else {}
+        profile = run.read_profile(name) or {}
         # Runs of one name in two folders are told apart by their whole path.
         places = {str(other.path.resolve()) for other, _, _ in found if other.path.resolve().name == own}
         called = value_text.printable(own if len(places) == 1 else run.path, limit=60)
@@ -304,6 +303,8 @@ def _sentence(metrics: Sequence[Mapping[str, Any]], candidates: Sequence[Candida
         ]
     if ties:
         parts.append(f"no difference in {_listed(ties)} was found")
+    if ties:
+        parts += _yet(metrics, candidates, ties=ties, all_tied=not wins)
     if open_ones:
         parts.append(f"{_listed(open_ones)} cannot be compared")
     text = "; ".join(parts)
@@ -311,6 +312,27 @@ def _sentence(metrics: Sequence[Mapping[str, Any]], candidates: Sequence[Candida
         return "Nothing was measured that could be compared."
     begins_with_a_name = len(wins) == 1 and not open_ones
     return f"{text}." if begins_with_a_name else f"{text[:1].upper()}{text[1:]}."
+
+
+def _yet(
+    metrics: Sequence[Mapping[str, Any]], candidates: Sequence[Candidate], *, ties: Sequence[str], all_tied: bool
+) -> list[str]:
+    """What differs beyond doubt where the sentence says that nothing does: figures that decide nothing by themselves.
+
+    They count where their own budget is among the `ties`, and all of them where nothing else tells two models apart.
+    """
+    decide = {metric.key for metric in _METRICS if metric.decides}
+    rows = [row for row in metrics if row["key"] not in decide and (all_tied or row["budget"] in ties)]
+    parts = []
+    for index, candidate in enumerate(candidates):
+        apart = [
+            f"{row['label']} ({row['cells'][index]['difference_text']})"
+            for row in rows
+            if (row["cells"][index]["difference"] or {"better": "neither"})["better"] != "neither"
+        ]
+        if apart:
+            parts.append(f"yet {candidate.name} differs from {candidates[0].name} in {_listed(apart)}")
+    return parts
 
 
 def _listed(words: Sequence[str]) -> str:
