@@ -19,7 +19,10 @@ if TYPE_CHECKING:  # rich takes half of the time of `--help`, which prints nothi
 _SHOW_AFTER_SECONDS = 1.0
 _SECONDS_BETWEEN_LINES = 30.0  # where there is no terminal
 _SECONDS_BEFORE_BUSY_IS_TOLD = 10.0  # shorter work has its own line when it begins
-_LOUD_LIBRARIES = ("torch.utils._pytree", "torch.onnx", "torch.export", "torchao", "onnxscript")
+_LOUD_LIBRARIES = (
+    *("torch.utils._pytree", "torch.onnx", "torch.export", "torch.fx.experimental.symbolic_shapes"),
+    *("torchao", "onnxscript"),
+)
 
 
 @dataclass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+import torchvision
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -285,6 +287,25 @@ class DependsOnValues(nn.Module):
         return self.conv(x) if x.sum() > 0 else x
 
 
+class Boxes(nn.Module):
+    """A detector's head: how many boxes are left depends on the image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = conv(3, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.conv(x).mean((2, 3))
+        kept = torchvision.ops.nms(torch.cat([logits[:, :2], logits[:, :2] + 1], 1), logits[:, 0], 0.5)
+        return logits + 0 * kept.sum()
+
+
+class SomePixels(Boxes):
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.conv(x).mean((2, 3))
+        return logits + 0 * logits[logits > 0].sum()
+
+
 class FixedBatch(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -298,6 +319,26 @@ class FixedBatch(nn.Module):
 def test_code_that_cannot_be_captured_is_refused(net: Callable[[], nn.Module]) -> None:
     with pytest.raises(QuantizationError, match=r"cannot be captured by torch\.export: .*one image batch of any size"):
         capture(net(), images(2))
+
+
+def test_a_branch_on_values_is_named_with_its_line_and_nothing_else_is_printed(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(QuantizationError) as caught:
+        capture(DependsOnValues(), images(2))
+    assert re.search(
+        r"branches on the values of a tensor \(.*test_quantize\.py, line \d+, in forward\)", str(caught.value)
+    )
+    assert "u0" not in str(caught.value)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_an_operator_whose_result_depends_on_values_is_named_where_the_graph_needs_a_count() -> None:
+    with pytest.raises(QuantizationError, match=r"torchvision\.nms gives as many values as it finds .*\(u\d+ >= 2\)"):
+        capture(Boxes(), images(2))
+    module = SomePixels().eval()
+    with torch.no_grad():
+        torch.testing.assert_close(capture(module, images(2))(images(3) * 0), module(images(3) * 0))
 
 
 # --- The scheme.

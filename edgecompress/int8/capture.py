@@ -6,10 +6,16 @@ What enters: a float module and an example batch. What leaves: a graph that shar
 from __future__ import annotations
 
 import copy
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from edgecompress import console
 from edgecompress.errors import QuantizationError
@@ -37,20 +43,70 @@ def capture(module: nn.Module, example: Tensor) -> GraphModule:
     """
     twin = copy.deepcopy(module).eval().to("cpu").float().to(memory_format=torch.contiguous_format)
     try:
-        with console.busy("capturing the model"):
+        with console.busy("capturing the model"), _failures_unprinted():
             program = torch.export.export(twin, (example,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
         captured = program.module()
         _free_batch_norms(captured)
         _unshare_weights(captured)
         _fold_layer_scales(captured)
     except Exception as error:  # torch.export raises many unrelated types for code it cannot trace
-        lines = str(error).strip().splitlines() or [type(error).__name__]
         raise QuantizationError(
-            f"the model cannot be captured by torch.export: {lines[0]}; "
+            f"the model cannot be captured by torch.export: {_why_not_captured(error)}; "
             "its forward must not depend on tensor values, and must take one image batch of any size"
         ) from error
     assert isinstance(captured, GraphModule)
+    _require_any_count(captured)
     return captured
+
+
+@contextmanager
+def _failures_unprinted() -> Iterator[None]:
+    """Within the block torch.export does not tell of its internals when it gives up, nor print the graph so far.
+
+    It prints to stderr, where this package's own progress is shown at the same time, so the stream cannot be caught.
+    Its logs are silenced here, since torch sets their levels when it is imported, which may be after a command began.
+    """
+    from torch.export import _trace  # slow to import, and export imports it too
+
+    unprinted = patch.object(_trace, "print", lambda *_, **__: None, create=True)
+    with console.library_logs_silenced(), unprinted, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="`create_unbacked_symint` is deprecated")  # torchvision's nms
+        yield
+
+
+def _why_not_captured(error: Exception) -> str:
+    """The reason in one line, with the place in the model's code where torch names it."""
+    text = str(error).strip()
+    place = re.search(r'raised this error:\s+File "(.+)", line (\d+), in (\w+)', text)
+    where = f" ({place[1]}, line {place[2]}, in {place[3]})" if place else ""
+    if isinstance(error, GuardOnDataDependentSymNode):
+        return f"it branches on the values of a tensor{where}"
+    return f"{text.splitlines()[0] if text else type(error).__name__}{where}"
+
+
+def _require_any_count(captured: GraphModule) -> None:
+    """Refuse a graph that runs only where an operator such as nms happens to find enough in an image.
+
+    Operators whose output's size depends on values (nms, nonzero, a boolean index) are fine where any size will do.
+    torch.export assumes of some that they find two or more, asserts that in the graph, and the first image with
+    fewer would end calibration. Raises QuantizationError that names the operator.
+    """
+    counted_by: dict[object, Node] = {}
+    for node in captured.graph.nodes:
+        counted_by |= dict.fromkeys(node.meta.get("unbacked_bindings") or (), node)
+        condition = node.args[0] if node.target is aten._assert_scalar.default else None
+        value = condition.meta.get("val") if isinstance(condition, Node) else None
+        if not isinstance(value, torch.SymBool):
+            continue
+        expression = value.node.expr
+        for symbol in expression.free_symbols & counted_by.keys():
+            if any(expression.subs(symbol, count) == False for count in (0, 1)):  # noqa: E712  # sympy's own false
+                operator = str(counted_by[symbol].target).removesuffix(".default")
+                raise QuantizationError(
+                    f"the model's operator {operator} gives as many values as it finds in an image, and the captured "
+                    f"graph holds only for some counts ({expression}); return the logits from before {operator}, and "
+                    "do what follows it outside of the model"
+                )
 
 
 def _free_batch_norms(captured: GraphModule) -> None:
