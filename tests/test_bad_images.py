@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import struct
 import zlib
 from pathlib import Path
@@ -132,3 +133,25 @@ def test_where_images_are_not_kept_all_faults_are_counted_at_the_first(
     message = command_line("apply", "mine.yaml", "--output", "run").refusal("val: 4 of 8 images cannot be decoded:")
     assert "val/cat/0.png: cannot be decoded" in message
     assert "and 1 more" in message
+
+
+def test_a_fault_found_after_work_was_done_leaves_the_run(
+    command_line: CommandLine, tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The evaluated model and the calibration stay, with the error recorded; the same command goes on from there."""
+    from edgecompress.steps import quantize_run
+
+    def unreadable(*_: object) -> None:
+        raise DataError("train/cat/0.png: cannot be decoded")
+
+    (tmp_path / "mine.yaml").write_text(RECIPE.replace("STAGE", INT8))
+    with monkeypatch.context() as patched:
+        patched.setattr(quantize_run, "dead_channels", unreadable)
+        answer = command_line("apply", "mine.yaml", "--output", "run", "--no-gate")
+    answer.refusal("train/cat/0.png: cannot be decoded")
+    assert "what was done is kept; once that is mended, go on with" in answer.stderr
+    manifest = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert (manifest["status"], manifest["error"]) == ("failed", "train/cat/0.png: cannot be decoded")
+    again = command_line("apply", "mine.yaml", "--output", "run", "--no-gate", "--resume")
+    assert again.exit_code == 0, again.stderr
+    assert "given model:" not in again.stderr, "evaluated before, and kept"

@@ -368,7 +368,10 @@ def test_run_with_a_stage_done_is_kept_and_says_how_to_go_on(
     monkeypatch.setattr(pipeline, "apply_recipe", one_stage_and_no_more)
     answer = command_line("apply", recipe, "--output", "run")
     answer.refusal("pictures: gone")
-    assert "what was done is kept; go on with the same command and: --output run --resume" in answer.stderr
+    assert (
+        "what was done is kept; once that is mended, go on with the same command and: --output run --resume"
+        in answer.stderr
+    )
     manifest = RunDirectory(tmp_path / "run").read_manifest()
     assert (manifest["status"], manifest["error"]) == ("failed", "pictures: gone")
 

@@ -17,7 +17,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from edgecompress import __version__, console
-from edgecompress.errors import ConfigurationError, InputError, RunError
+from edgecompress.errors import ConfigurationError, InputError, ModelError, RunError
 from edgecompress.run_directory import LOCK_FILE, RUNS_ROOT, Json, RunDirectory, alone_in, new_run_path, open_run
 from edgecompress.settings.recipe import Recipe
 from edgecompress.steps.apply_run import start_manifest
@@ -155,8 +155,8 @@ def _differences(old: object, new: object, place: str = "", *, before: str = "th
 def recorded(started: StartedRun) -> Iterator[None]:
     """Write the run's status whatever happens, and say how to go on when it failed.
 
-    Where the input was at fault before any stage was done, a new run is removed again: there is nothing to go on with,
-    and the mended command would be refused for a recipe that has changed.
+    Where the input was at fault and the new run holds nothing to go on with, it is removed again, so that the mended
+    command can be given in its place.
     """
     run = started.directory
     try:
@@ -164,8 +164,7 @@ def recorded(started: StartedRun) -> Iterator[None]:
     except BaseException as error:
         message = "interrupted" if isinstance(error, KeyboardInterrupt) else str(error)
         try:
-            done = any(stage.get("status") == "complete" for stage in run.read_manifest()["stages"])
-            if started.made_run and isinstance(error, InputError) and not done:
+            if started.made_run and isinstance(error, InputError) and _is_void(run, error):
                 started.discard()
                 raise
             run.update_manifest(lambda m: m.update(status="failed", error=message, finished_at=_now()))
@@ -173,9 +172,23 @@ def recorded(started: StartedRun) -> Iterator[None]:
             if second is error:
                 raise
             console.warn(f"{run.manifest_path}: that the run failed could not be written either: {second}")
-        console.note(f"what was done is kept; go on with the same command and: --output {run.path} --resume")
+        when = "" if isinstance(error, KeyboardInterrupt) else "once that is mended, "
+        console.note(f"what was done is kept; {when}go on with the same command and: --output {run.path} --resume")
         raise
     run.update_manifest(lambda m: m.update(status="complete", error=None, finished_at=_now()))
+
+
+def _is_void(run: RunDirectory, error: InputError) -> bool:
+    """Whether a run that ends with `error` holds nothing of use.
+
+    No stage is complete, and either nothing was evaluated or trained yet, or the recipe is at fault: mended, it is
+    another recipe, which could not go on from what is here.
+    """
+    manifest = run.read_manifest()
+    if any(stage.get("status") == "complete" for stage in manifest["stages"]):
+        return False
+    is_the_recipes = isinstance(error, ConfigurationError | ModelError)
+    return is_the_recipes or not ("baseline" in manifest or run.read_metrics())
 
 
 def _now() -> str:
