@@ -325,8 +325,16 @@ def test_code_in_a_checkpoint_is_refused_and_not_run(tmp_path: Path, writer: str
 
 
 def test_a_pickled_module_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="contains code"):
+    with pytest.raises(ModelError, match=r"contains code.*torch\.save\(model\.state_dict\(\), "):
         load_checkpoint(small(), saved(tmp_path / "module.pt", small()), allow_new_head=True)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning", "ignore:`torch.jit:DeprecationWarning")
+def test_torchscript_is_refused_by_name(tmp_path: Path) -> None:
+    traced = torch.jit.trace(nn.Linear(3, 2), torch.zeros(1, 3))
+    torch.jit.save(traced, tmp_path / "jit.pt")
+    with pytest.raises(ModelError, match=r"jit\.pt: is TorchScript, .*torch\.save\(model\.state_dict\(\), "):
+        load_checkpoint(small(), tmp_path / "jit.pt", allow_new_head=True)
 
 
 @pytest.mark.parametrize(

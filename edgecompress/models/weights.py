@@ -10,6 +10,7 @@ from __future__ import annotations
 import pickle
 import struct
 import warnings
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ Shapes = tuple[tuple[int, ...], tuple[int, ...]]
 _STATE_DICT_KEYS = ("state_dict", "model", "model_state_dict")
 _WRAPPER_PREFIXES = ("module.", "_orig_mod.")  # DataParallel, torch.compile
 _NAMED_IN_MESSAGES = 5
+NEW_HEAD = "head re-initialised: "  # how a note begins that tells of an output layer without weights
 
 
 def load_checkpoint(module: nn.Module, path: Path, *, allow_new_head: bool) -> list[str]:
@@ -52,7 +54,7 @@ def load_checkpoint(module: nn.Module, path: Path, *, allow_new_head: bool) -> l
                 f"{path}: the checkpoint's head has {theirs} classes, the model {ours}; set model.num_classes: "
                 f"{theirs}, or leave model.num_classes out to train a new head"
             )
-        notes.append(f"head re-initialised: the checkpoint has {theirs} classes, the model {ours}")
+        notes.append(f"{NEW_HEAD}the checkpoint has {theirs} classes, the model {ours}")
     fitting = {key: tensor for key, tensor in tensors.items() if key not in misfits}
     wrong = non_finite_tensor(fitting)
     if wrong is not None:
@@ -71,6 +73,11 @@ def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
             raise ModelError(f"{path}: not a whole safetensors file ({one_line(error)}); copy it anew") from error
     if path.suffix not in (".pt", ".pth"):
         raise ModelError(f"{path}: a checkpoint is a .safetensors, .pt or .pth file; save the state dict as one")
+    if _is_torchscript(path):
+        raise ModelError(
+            f"{path}: is TorchScript, which holds code, and is refused; save the state dict of the model that it was "
+            "made from: torch.save(model.state_dict(), 'weights.pt'), or as safetensors"
+        )
     document = _read_pickle(path)
     if isinstance(document, Mapping):
         document = next((document[key] for key in _STATE_DICT_KEYS if isinstance(document.get(key), Mapping)), document)
@@ -87,6 +94,17 @@ def _read_tensors(path: Path) -> dict[str, torch.Tensor]:
     return tensors
 
 
+def _is_torchscript(path: Path) -> bool:
+    """Whether a file is an archive of torch.jit.save, known by the table of constants that its code refers to."""
+    if not zipfile.is_zipfile(path):
+        return False
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any(name.endswith("/constants.pkl") for name in archive.namelist())
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, UnicodeDecodeError):
+        return False  # damaged, which reading it says
+
+
 def _read_pickle(path: Path) -> Any:
     try:
         with warnings.catch_warnings():
@@ -95,7 +113,8 @@ def _read_pickle(path: Path) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ModelError(
-            f"{path}: contains code (pickle) and is refused; save it as safetensors or as a plain state dict"
+            f"{path}: contains code (pickle) and is refused; save it as safetensors or as a plain state dict: "
+            "torch.save(model.state_dict(), 'weights.pt')"
         ) from error
     except (RuntimeError, OSError, EOFError, LookupError, ValueError, TypeError, AttributeError, struct.error) as error:
         raise ModelError(f"{path}: not a PyTorch state dict ({one_line(error)}); save it as safetensors") from error
