@@ -426,6 +426,45 @@ def test_checkpoint_of_another_model(command_line: CommandLine, tmp_path: Path, 
     assert "missing: " in message
 
 
+def head_of(classes: int, path: Path) -> None:
+    import torch
+
+    from edgecompress.models.nets import SMALL_NETS
+
+    torch.save(SMALL_NETS["resnet8"](num_classes=classes, in_channels=1, input_size=8).state_dict(), path)
+
+
+@pytest.mark.parametrize("command", [["apply"], ["run", "--target", "x86"], ["run", "--target", "x86", "--dry-run"]])
+def test_a_new_head_that_no_stage_trains(command_line: CommandLine, tmp_path: Path, command: list[str]) -> None:
+    (tmp_path / "mine.yaml").write_text(EVALUATED_ONLY)
+    head_of(12, tmp_path / "twelve.pt")
+    name, *options = command
+    arguments = [name, "mine.yaml", *options, "--set", "model.checkpoint=twelve.pt"]
+    needles = ["the checkpoint has 12 classes, the model 10, so the head would be new and no stage trains it"]
+    needles += ["add a train stage (`edgecompress init` writes one)", "give data.class_index"]
+    refused(command_line, tmp_path, arguments, *needles)
+
+
+def test_a_dry_run_says_so_where_published_weights_know_other_classes(
+    command_line: CommandLine, tmp_path: Path
+) -> None:
+    (tmp_path / "mine.yaml").write_text(EVALUATED_ONLY)
+    model = ["--set", "model={name: torchvision/squeezenet1_1, pretrained: true, preprocessing: {input_size: 32}}"]
+    refused(command_line, tmp_path, ["apply", "mine.yaml", "--dry-run", *model], "have 1000 classes, the model 10, so")
+    (tmp_path / "mine.yaml").write_text(RECIPE)
+    assert command_line("apply", "mine.yaml", "--dry-run", *model).exit_code == 0
+
+
+@pytest.mark.parametrize(
+    "value", ["model.checkpoint=FILE", "stages.pruned.teacher={model: {name: resnet8, checkpoint: FILE}}"]
+)
+def test_a_dry_run_loads_the_checkpoints(command_line: CommandLine, tmp_path: Path, recipe: Path, value: str) -> None:
+    head_of(10, tmp_path / "ten.pt")
+    dry = ["apply", recipe, "--dry-run", "--set"]
+    refused(command_line, tmp_path, [*dry, value.replace("FILE", "nowhere.pt")], "there is no file nowhere.pt")
+    assert command_line(*dry, value.replace("FILE", "ten.pt")).exit_code == 0
+
+
 class Payload:
     """Runs a shell command when it is unpickled."""
 

@@ -64,6 +64,13 @@ def test_an_image_folder(command_line: CommandLine, tmp_path: Path) -> None:
     assert "40 to 48 px" in text
 
 
+def test_under_a_class_index_the_folders_are_counted(command_line: CommandLine, tmp_path: Path) -> None:
+    image_folder(tmp_path / "images", {"a": 10, "b": 10})
+    (tmp_path / "index.json").write_text('{"a": 3, "b": 701}')
+    initialised(command_line, "--data", "images", "--class-index", "index.json")
+    assert "# Found: 2 of the model's classes (class_index goes up to 701);" in (tmp_path / "images.yaml").read_text()
+
+
 @pytest.mark.parametrize(("classes", "kinds"), [(10, ["quantize"]), (7, ["train", "quantize"])])
 def test_a_checkpoint(command_line: CommandLine, tmp_path: Path, classes: int, kinds: list[str]) -> None:
     """Weights that know the classes go straight to int8; others get a stage that trains their new head."""

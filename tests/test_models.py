@@ -127,6 +127,8 @@ def test_the_class_count(name: str, given: int | None, classes: int, class_index
 def test_too_few_classes_are_refused() -> None:
     with pytest.raises(ModelError, match=r"model\.num_classes: 5, but some_images has 10"):
         resolve_architecture(model("resnet8", num_classes=5), images())
+    with pytest.raises(ModelError, match=r"model\.num_classes: 5, but data\.class_index goes up to 9;"):
+        resolve_architecture(model("resnet8", num_classes=5), images(class_index=True))
 
 
 @pytest.mark.parametrize(
@@ -249,6 +251,10 @@ def test_looking_at_a_users_model_does_not_move_the_seed(tmp_path: Path) -> None
         ("def net():\n    return undefined\n", "NameError at line 5"),
         ("def net(a):\n    return nn.Flatten()\n", "missing 1 required positional argument"),
         ("def net():\n    return nn.Flatten()\n", r"returns \[1, 64\].*expected logits \[1, 10\]"),
+        (
+            "class Net(nn.Module):\n    def forward(self, x):\n        return {'logits': x}\n\nnet = Net\n",
+            r"returns dict for one image.*let its forward return one tensor",
+        ),
         ("def net():\n    m = nn.Flatten()\n    m.preprocessing = 3\n    return m\n", "expected a dict"),
         ("def net():\n    m = nn.Flatten()\n    m.preprocessing = {'size': 3}\n    return m\n", "'size' is unknown"),
         ("def net():\n    return nn.Linear(3, 10)\n", "cannot take an input"),
@@ -412,6 +418,19 @@ def test_another_class_count_trains_a_new_head_unless_the_count_is_set(tmp_path:
     whole = create_model(model("student_cnn", checkpoint=path, num_classes=12), images())
     assert torch.equal(whole.module.classifier.weight, source.classifier.weight)
     assert whole.notes == []
+
+
+def test_with_a_class_index_code_of_ones_own_keeps_its_count(tmp_path: Path) -> None:
+    """A checkpoint of 20 classes for a folder of some of them fits, where 8 (largest index + 1) would be a new head."""
+    body = "return nn.Sequential(nn.Flatten(), nn.Linear(64, num_classes))"
+    name = user_model(tmp_path, f"def net(num_classes=20):\n    {body}\n")
+    path = saved(tmp_path / "w.pt", nn.Sequential(nn.Flatten(), nn.Linear(64, 20)).state_dict())
+    created = create_model(model(name, checkpoint=path), images(8, class_index=True))
+    assert (created.architecture.num_classes, created.new_head) == (20, None)
+    assert resolve_architecture(model(name), images(25, class_index=True)).num_classes == 25
+    assert resolve_architecture(model(name), images(8)).num_classes == 8
+    without = user_model(tmp_path, f"def net(num_classes):\n    {body}\n")
+    assert resolve_architecture(model(without), images(8, class_index=True)).num_classes == 8
 
 
 def test_a_convolutional_head_is_found_too(tmp_path: Path) -> None:

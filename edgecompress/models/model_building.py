@@ -23,17 +23,18 @@ from edgecompress.data.run_data import ImageData
 from edgecompress.errors import ModelError
 from edgecompress.models.finiteness import non_finite_tensor
 from edgecompress.models.nets import SMALL_NETS
-from edgecompress.models.weights import head_classes, load_checkpoint, one_line
+from edgecompress.models.weights import NEW_HEAD, head_classes, load_checkpoint, one_line
 from edgecompress.models.zoo import (
     TIMM,
     TORCHVISION,
     check_name,
+    published_classes,
     timm_defaults,
     torchvision_defaults,
     torchvision_weights,
 )
 from edgecompress.settings.model_settings import ModelSettings
-from edgecompress.settings.user_code import call_function, is_user_code
+from edgecompress.settings.user_code import call_function, default_of, is_user_code
 
 __all__ = [
     "Architecture",
@@ -41,6 +42,7 @@ __all__ = [
     "build",
     "create_model",
     "load_checkpoint",
+    "published_new_head",
     "resolve_architecture",
 ]
 
@@ -101,6 +103,11 @@ class CreatedModel:
     weights: Literal["checkpoint", "pretrained", "random"]
     notes: list[str]
 
+    @property
+    def new_head(self) -> str | None:
+        """The note of an output layer that the weights do not fit and that begins at random, where there is one."""
+        return next((note for note in self.notes if note.startswith(NEW_HEAD)), None)
+
 
 def create_model(settings: ModelSettings, data: ImageData) -> CreatedModel:
     """Build the model of the settings for this data and load its weights. Seed torch before.
@@ -124,10 +131,10 @@ def create_model(settings: ModelSettings, data: ImageData) -> CreatedModel:
 def resolve_architecture(settings: ModelSettings, data: ImageData) -> Architecture:
     """Settle class count and preprocessing; nothing is downloaded.
 
-    The class count is the settings', else the data's. Under a class index the data's is a lower bound, and a zoo
-    model's own count is used when it is large enough. The preprocessing is the model's own (timm, torchvision's first
-    weights, `module.preprocessing` of user code), or fits the data's native size; the settings override each field.
-    Raises ModelError.
+    The class count is the settings', else the data's. Under a class index the data's is a lower bound, and the model's
+    own count (of the zoo's weights, or user code's default of num_classes) is used when it is large enough. The
+    preprocessing is the model's own (timm, torchvision's first weights, `module.preprocessing` of user code), or fits
+    the data's native size; the settings override each field. Raises ModelError.
     """
     name, arguments = settings.name, dict(settings.arguments)
     check_name(name)
@@ -143,14 +150,16 @@ def resolve_architecture(settings: ModelSettings, data: ImageData) -> Architectu
     elif name.startswith(TORCHVISION):
         own_classes, own = torchvision_defaults(name.removeprefix(TORCHVISION), override)
     else:
-        own_classes, own = 0, _native_defaults(data, override.channels or data.channels)
+        own_classes = default_of(name, "num_classes") if is_user_code(name) and data.has_class_index else 0
+        own = _native_defaults(data, override.channels or data.channels)
+    own_classes = own_classes if isinstance(own_classes, int) else 0
     classes = settings.num_classes
     if classes is None:
         classes = own_classes if data.has_class_index and own_classes >= data.num_classes else data.num_classes
     if classes < data.num_classes:
-        raise ModelError(
-            f"model.num_classes: {classes}, but {data.name} has {data.num_classes} classes; leave it out or raise it"
-        )
+        wanted = f"data.class_index goes up to {data.num_classes - 1}"
+        wanted = wanted if data.has_class_index else f"{data.name} has {data.num_classes} classes"
+        raise ModelError(f"model.num_classes: {classes}, but {wanted}; leave it out or raise it")
     if is_user_code(name):
         own.update(_user_defaults(name, arguments, classes))
     own.update({key: value for key, value in override.model_dump().items() if value is not None})
@@ -171,6 +180,16 @@ def build(architecture: Architecture, *, pretrained: bool = False) -> nn.Module:
     for text in notes:
         console.note(text)
     return module
+
+
+def published_new_head(settings: ModelSettings, data: ImageData) -> str | None:
+    """The note of a new head that published weights would leave, where they would; nothing is downloaded.
+
+    Raises ModelError where the model has no published weights.
+    """
+    _require_published(settings.name)
+    theirs, ours = published_classes(settings.name), resolve_architecture(settings, data).num_classes
+    return None if theirs == ours else _new_head(settings.name, theirs, ours)
 
 
 def _native_defaults(data: ImageData, channels: int) -> dict[str, Any]:
@@ -208,8 +227,8 @@ def _build(architecture: Architecture, *, pretrained: bool) -> tuple[nn.Module, 
     # Asked of model.json too, which may come from somebody else: timm would load a file of any kind, or fetch one.
     if not is_user_code(name) and (leading := sorted(_OTHER_WEIGHTS & architecture.arguments.keys())):
         raise ModelError(f"model.arguments: {', '.join(leading)} cannot be given, since it leads to other weights")
-    if pretrained and not name.startswith((TIMM, TORCHVISION)):
-        raise ModelError(f"model.pretrained: {name} has no published weights; give model.checkpoint, or train it")
+    if pretrained:
+        _require_published(name)
     if is_user_code(name):
         return _build_user_module(name, architecture.arguments, classes).float(), []
     if name.startswith(TORCHVISION):
@@ -233,6 +252,11 @@ def _build(architecture: Architecture, *, pretrained: bool) -> tuple[nn.Module, 
         **architecture.arguments,
     }
     return _construct(name, SMALL_NETS[name], **arguments), []
+
+
+def _require_published(name: str) -> None:
+    if not name.startswith((TIMM, TORCHVISION)):
+        raise ModelError(f"model.pretrained: {name} has no published weights; give model.checkpoint, or train it")
 
 
 def _construct(name: str, constructor: Any, *positional: Any, **arguments: Any) -> nn.Module:
@@ -272,7 +296,7 @@ def _load_published(module: nn.Module, short: str, classes: int, arguments: dict
 
 
 def _new_head(name: str, theirs: int, ours: int) -> str:
-    return f"head re-initialised: the published weights of {name} have {theirs} classes, the model {ours}"
+    return f"{NEW_HEAD}the published weights of {name} have {theirs} classes, the model {ours}"
 
 
 def _build_user_module(name: str, arguments: dict[str, Any], classes: int) -> nn.Module:
@@ -300,10 +324,14 @@ def _check_output(module: nn.Module, architecture: Architecture) -> None:
     finally:
         module.train(was_training)
     expected = (1, architecture.num_classes)
-    if not isinstance(output, torch.Tensor) or tuple(output.shape) != expected:
-        found = list(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
+    if isinstance(output, torch.Tensor) and tuple(output.shape) == expected:
+        return
+    if isinstance(output, torch.Tensor):
+        found: object = list(output.shape)
         fix = "set model.num_classes to what the model has, or let its function take the argument num_classes"
-        raise ModelError(f"{where}: returns {found} for one image; expected logits {list(expected)}: {fix}")
+    else:
+        found, fix = type(output).__name__, "let its forward return one tensor of logits and nothing beside it"
+    raise ModelError(f"{where}: returns {found} for one image; expected logits {list(expected)}: {fix}")
 
 
 def copy_of(module: nn.Module) -> nn.Module:

@@ -118,6 +118,15 @@ def torchvision_defaults(name: str, override: PreprocessingSettings) -> tuple[in
     return len(weights.meta["categories"]), own
 
 
+def published_classes(name: str) -> int:
+    """How many classes the published weights of a model know; 0 where there are none."""
+    if name.startswith(TIMM):
+        return timm_defaults(name.removeprefix(TIMM), {}, PreprocessingSettings())[0]
+    if name.startswith(TORCHVISION):
+        return torchvision_defaults(name.removeprefix(TORCHVISION), PreprocessingSettings())[0]
+    return 0
+
+
 def torchvision_weights(name: str) -> Any:
     """The first published weights, whose preprocessing a bare checkpoint most often was trained with."""
     return next(iter(torchvision.models.get_model_weights(name)))

@@ -215,9 +215,13 @@ class Recipe(FrozenSettings):
     @property
     def has_trained_weights(self) -> bool:
         """Whether the weights that are exported come from a checkpoint, a hub or training here."""
-        given = self.model.checkpoint is not None or self.model.pretrained
-        trained = (stage for stage in self.stages if not isinstance(stage, QuantizeStage))
-        return given or any(isinstance(stage, TrainingSettings) for stage in trained)
+        return self.model.checkpoint is not None or self.model.pretrained or self.trains
+
+    @property
+    def trains(self) -> bool:
+        """Whether a stage trains float weights; `qat` only adapts what it is given to int8."""
+        float_stages = (stage for stage in self.stages if not isinstance(stage, QuantizeStage))
+        return any(isinstance(stage, TrainingSettings) for stage in float_stages)
 
 
 def _teacher_faults(stage: TrainingSettings, teacher: TeacherSettings, earlier: Sequence[str]) -> list[str]:

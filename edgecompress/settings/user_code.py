@@ -21,7 +21,7 @@ from edgecompress.errors import InputError, ModelError
 from edgecompress.settings.named_code import is_user_code, remember
 from edgecompress.settings.spelling import did_you_mean
 
-__all__ = ["call_function", "is_user_code", "load_function"]
+__all__ = ["call_function", "default_of", "is_user_code", "load_function"]
 
 
 def load_function(reference: str, *, fault: type[InputError] = ModelError) -> Callable[..., Any]:
@@ -65,6 +65,15 @@ def call_function(
         return function(**{**accepted, **(arguments or {})})
     except (Exception, SystemExit) as error:
         raise fault(f"{reference}: {_describe(error, Path(reference.rpartition(':')[0]))}; mend it there") from error
+
+
+def default_of(reference: str, parameter: str, *, fault: type[InputError] = ModelError) -> Any:
+    """What the function of `reference` takes for a parameter that it is not given; None where it has none."""
+    try:
+        found = inspect.signature(load_function(reference, fault=fault)).parameters.get(parameter)
+    except (TypeError, ValueError):
+        return None
+    return None if found is None or found.default is found.empty else found.default
 
 
 def _accepts(function: Callable[..., Any], name: str) -> bool:

@@ -40,6 +40,7 @@ from edgecompress.steps.run_state import (
     last_float_id,
     recipe_document,
     require_same_data,
+    require_trained_head,
     save_answers,
     seed_everything,
 )
@@ -174,6 +175,7 @@ def _initial_model(
     """Build the recipe's model; where weights come with it, evaluate it as the baseline."""
     seed_everything(recipe.seed)
     created = create_model(recipe.model, data)
+    require_trained_head(recipe, created.new_head, data)
     data = data.with_num_classes(created.architecture.num_classes)
     for text in created.notes:
         console.warn(text)

@@ -15,8 +15,8 @@ from PIL import Image
 from edgecompress.data.images import DECODE_ERRORS, FileItems
 from edgecompress.data.run_data import ImageData, open_data
 from edgecompress.models.model_building import create_model, resolve_architecture
-from edgecompress.models.zoo import TIMM, TORCHVISION, timm_defaults, torchvision_defaults
-from edgecompress.settings.model_settings import ModelSettings, PreprocessingSettings
+from edgecompress.models.zoo import published_classes
+from edgecompress.settings.model_settings import ModelSettings
 from edgecompress.settings.recipe import DataSettings
 
 _HEADERS = 64
@@ -30,6 +30,8 @@ class DataFacts:
 
     splits: dict[str, int]
     num_classes: int
+    has_class_index: bool
+    classes_in_train: int
     channels: int
     native_size: int | None
     smallest_class: tuple[str, int]
@@ -69,6 +71,8 @@ def look_at_data(settings: DataSettings) -> tuple[ImageData, DataFacts]:
     facts = DataFacts(
         splits={name: len(split) for name, split in data.splits.items()},
         num_classes=data.num_classes,
+        has_class_index=data.has_class_index,
+        classes_in_train=len(present),
         channels=data.channels,
         native_size=data.native_size,
         smallest_class=(data.class_names[least], int(counts[least])),
@@ -99,19 +103,11 @@ def _sides(data: ImageData) -> tuple[int, int, int]:
 def look_at_model(settings: ModelSettings, data: ImageData) -> ModelFacts:
     """Build the model and load its checkpoint, or look its published weights up. Raises ModelError."""
     if settings.pretrained:
-        own = _published_classes(settings.name)
+        own = published_classes(settings.name)
         architecture = resolve_architecture(settings, data)
         knows = own == architecture.num_classes
         notes = [] if knows else [f"the published weights have {own} classes, the data {data.num_classes}"]
         return ModelFacts("pretrained", knows, architecture.preprocessing.input_size, notes)
     created = create_model(settings, data)
-    knows = created.weights == "checkpoint" and not any("re-initialised" in note for note in created.notes)
+    knows = created.weights == "checkpoint" and created.new_head is None
     return ModelFacts(created.weights, knows, created.architecture.preprocessing.input_size, created.notes)
-
-
-def _published_classes(name: str) -> int:
-    if name.startswith(TIMM):
-        return timm_defaults(name.removeprefix(TIMM), {}, PreprocessingSettings())[0]
-    if name.startswith(TORCHVISION):
-        return torchvision_defaults(name.removeprefix(TORCHVISION), PreprocessingSettings())[0]
-    return 0  # no published weights, which is refused when the model is built

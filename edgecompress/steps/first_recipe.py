@@ -69,14 +69,16 @@ def _header(wanted: Wanted, data: DataSettings, seen: DataFacts, looked: ModelFa
         "pretrained": "published" if looked.knows_the_classes else "published, with a new head",
         "random": "none yet",
     }[looked.weights]
+    classes = f"{seen.num_classes} classes"
+    if seen.has_class_index:
+        classes = f"{seen.classes_in_train} of the model's classes (class_index goes up to {seen.num_classes - 1})"
     first = "epochs and learning_rate" if not looked.knows_the_classes else "calibration.samples and effort"
     return [
         "# Written by `edgecompress init`, which looked at the data and the model. It is yours to change.",
         "#",
         f"#   edgecompress run {wanted.recipe_path} --target {wanted.target}",
         "#",
-        f"# Found: {seen.num_classes} classes; images: {images}; {seen.channels} channel"
-        f"{'s' if seen.channels > 1 else ''}; {sizes}.",
+        f"# Found: {classes}; images: {images}; {seen.channels} channel{'s' if seen.channels > 1 else ''}; {sizes}.",
         f"# Images of a class in train: {balance}. Weights: {weights}.",
         f"# Change first: {first}; `edgecompress recipes show prune_kd` and `distill` show what else there is.",
         "# Try it in seconds before it runs for hours: --dry-run, and --set data.max_train_samples=500.",

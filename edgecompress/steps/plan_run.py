@@ -21,7 +21,7 @@ from edgecompress.settings.prune_settings import PruneStage
 from edgecompress.settings.recipe import DistillStage, QatStage, QuantizeStage, Recipe
 from edgecompress.settings.training_settings import TrainingSettings
 from edgecompress.steps.probe import ModelProbe, probe_model
-from edgecompress.training.teaching import require_fitting_teachers
+from edgecompress.training.teaching import require_fitting_teachers, require_loadable_teachers
 
 # Seconds of int8 beyond capture, in forward passes of its calibration images: from the times of EfficientNet-Lite0's
 # 64 images in docs/measurements.md (15, 33 and 67 s), less what capture and export take of any net.
@@ -67,7 +67,8 @@ def data_at_hand(recipe: Recipe) -> ImageData:
 
 
 def probed(recipe: Recipe, data: ImageData) -> dict[str, ModelProbe]:
-    """The probe of each model, by the stage that brings it in."""
+    """The probe of each model, by the stage that brings it in. Raises ModelError where a checkpoint does not load."""
+    require_loadable_teachers(recipe, data)
     models = models_to_probe(recipe)
     return {stage: probe_model(model, recipe, data, settings) for stage, (model, settings) in models.items()}
 

@@ -16,10 +16,11 @@ import torch
 
 from edgecompress.data.run_data import ImageData
 from edgecompress.models.checkpoint import example_input
-from edgecompress.models.model_building import build, resolve_architecture
+from edgecompress.models.model_building import create_model, published_new_head
 from edgecompress.settings.model_settings import ModelSettings
 from edgecompress.settings.recipe import Recipe
 from edgecompress.settings.training_settings import TrainingSettings
+from edgecompress.steps.run_state import require_trained_head
 from edgecompress.training.distill import label_loss
 from edgecompress.training.evaluate import collect_logits
 from edgecompress.training.training_loop import fit
@@ -48,9 +49,14 @@ class ModelProbe:
 
 
 def probe_model(model: ModelSettings, recipe: Recipe, data: ImageData, settings: TrainingSettings | None) -> ModelProbe:
-    """Decode a few images of train, pass them through the model and, with `settings`, train on them."""
-    architecture = resolve_architecture(model, data)
-    module = build(architecture)  # random weights cost the same, and need no file and no network
+    """Decode a few images of train, pass them through the model and, with `settings`, train on them.
+
+    A checkpoint is loaded as the run would load it, so that a plan refuses what the run would refuse; in place of
+    published weights, random ones cost the same and need no network. Raises ModelError.
+    """
+    created = create_model(model.model_copy(update={"pretrained": False}), data)
+    require_trained_head(recipe, published_new_head(model, data) if model.pretrained else created.new_head, data)
+    architecture, module = created.architecture, created.module
     preprocessing = architecture.preprocessing
     params = sum(tensor.numel() for tensor in module.parameters())
     forward = _forward_seconds(module.eval(), example_input(architecture))

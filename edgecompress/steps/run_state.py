@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from edgecompress.data.run_data import ImageData
-from edgecompress.errors import DataError, RunError
+from edgecompress.errors import DataError, ModelError, RunError
 from edgecompress.models.checkpoint import Checkpoint, load_checkpoint
 from edgecompress.models.complexity import compressed_size_bytes, measure_complexity
+from edgecompress.models.weights import NEW_HEAD
 from edgecompress.run_directory import RIGHT_FILE, Json, RunDirectory, atomic_path, read_array
 from edgecompress.settings.configuration import apply_overrides, validate
 from edgecompress.settings.named_code import require_all_named
@@ -52,6 +53,20 @@ def last_float_id(recipe: Recipe) -> str:
     """The stage whose model is exported as fp32: the last that is not quantize, or the initial model."""
     trained = [stage.id for stage in recipe.stages if not isinstance(stage, QuantizeStage)]
     return trained[-1] if trained else INITIAL
+
+
+def require_trained_head(recipe: Recipe, new_head: str | None, data: ImageData) -> None:
+    """Raises ModelError where `new_head`, the note of a head without weights, is of a model that no stage trains.
+
+    Its answers would be chance, and int8 would be compared with that.
+    """
+    if new_head is None or recipe.trains:
+        return
+    fix = "set model.num_classes to theirs" if data.has_class_index else "give data.class_index"
+    raise ModelError(
+        f"model: {new_head.removeprefix(NEW_HEAD)}, so the head would be new and no stage trains it; add a train stage "
+        f"(`edgecompress init` writes one), or, where the images are of some of the weights' classes, {fix}"
+    )
 
 
 def load_float(run: RunDirectory, recipe: Recipe) -> Checkpoint:

@@ -13,7 +13,8 @@ from edgecompress.data.preprocessing import Preprocessing
 from edgecompress.data.run_data import ImageData, PreparedSplit
 from edgecompress.errors import ModelError
 from edgecompress.models.checkpoint import Checkpoint, example_input
-from edgecompress.models.model_building import copy_of, create_model, resolve_architecture
+from edgecompress.models.model_building import CreatedModel, copy_of, create_model, resolve_architecture
+from edgecompress.settings.model_settings import ModelSettings
 from edgecompress.settings.recipe import DistillStage, Recipe
 from edgecompress.settings.teacher_settings import TeacherSettings
 from edgecompress.settings.training_settings import TrainingSettings
@@ -31,9 +32,7 @@ def open_teachers(settings: TeacherSettings, data: ImageData, earlier: Callable[
             assert source.stage is not None
             opened.append(earlier(source.stage))
             continue
-        # With the class count said, a checkpoint of other classes is refused; else it would get a new, untrained head.
-        classes = resolve_architecture(source.model, data).num_classes
-        created = create_model(source.model.model_copy(update={"num_classes": classes}), data)
+        created = _created_teacher(source.model, data)
         for text in created.notes:
             console.warn(f"teacher {source.model.name}: {text}")
         if created.weights == "random":
@@ -43,6 +42,21 @@ def open_teachers(settings: TeacherSettings, data: ImageData, earlier: Callable[
             )
         opened.append(Checkpoint(created.module.eval(), created.architecture))
     return opened
+
+
+def require_loadable_teachers(recipe: Recipe, data: ImageData) -> None:
+    """Raise ModelError where the checkpoint of a stage's teacher cannot be loaded; nothing is downloaded."""
+    for stage in recipe.stages:
+        teacher = getattr(stage, "teacher", None)
+        for source in teacher.sources if isinstance(teacher, TeacherSettings) else ():
+            if source.model is not None and source.model.checkpoint is not None:
+                _created_teacher(source.model, data)
+
+
+def _created_teacher(settings: ModelSettings, data: ImageData) -> CreatedModel:
+    # With the class count said, a checkpoint of other classes is refused; else it would get a new, untrained head.
+    classes = resolve_architecture(settings, data).num_classes
+    return create_model(settings.model_copy(update={"num_classes": classes}), data)
 
 
 def require_fitting_teachers(recipe: Recipe, data: ImageData) -> None:
