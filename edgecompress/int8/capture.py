@@ -174,18 +174,23 @@ def _fold_factor(captured: GraphModule, value: Node, factor: Node) -> bool:
     if any(parameter.op != "get_attr" for parameter in parameters):
         return False
     tensors = [_tensor(captured, parameter) for parameter in parameters]
-    channels, is_linear = len(tensors[0]), layer.target is aten.linear.default
-    along_channels = [1] * (0 if is_linear else 2)
-    flat = constant.flatten()
-    if flat.numel() not in (1, channels) or list(constant.shape)[-1 - len(along_channels) :] not in (
-        [flat.numel(), *along_channels],
-        [1, *along_channels],
-        [],
-    ):
+    result = layer.meta.get("val")
+    channel_axis = -1 if layer.target is aten.linear.default else -3
+    if result is None or not _scales_channels(constant, result.dim(), channel_axis, len(tensors[0])):
         return False
+    flat = constant.flatten()
     for tensor in tensors:
         tensor.copy_(tensor * flat.view(-1, *[1] * (tensor.dim() - 1)))
     return True
+
+
+def _scales_channels(constant: Tensor, axes: int, channel_axis: int, channels: int) -> bool:
+    """Whether a factor of a layer's output, which has so many axes, is one for all of it or one a channel.
+
+    A factor with more axes, or with more channels than the one there is, would give the product another shape.
+    """
+    shape = [1] * (axes - constant.dim()) + list(constant.shape)
+    return len(shape) == axes and shape[channel_axis] in (1, channels) and constant.numel() == shape[channel_axis]
 
 
 def _constant(captured: GraphModule, node: Node) -> Tensor | None:

@@ -1,0 +1,74 @@
+"""The captured graph computes what the module computes, whatever was removed from it on the way."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from edgecompress.int8.capture import aten, capture
+from int8_models import CLASSES, conv, images, seeded
+
+
+def targets(graph: torch.fx.GraphModule) -> list[object]:
+    """What each node of a graph calls."""
+    return [node.target for node in graph.graph.nodes if node.op == "call_function"]
+
+
+def assert_same(module: nn.Module, graph: torch.fx.GraphModule) -> None:
+    """The graph gives what the module gives, up to float rounding."""
+    with torch.no_grad():
+        torch.testing.assert_close(graph(images(4)), module(images(4)), rtol=1e-5, atol=1e-5)
+
+
+# --- Constant factors behind a layer.
+
+
+class Factor(nn.Module):
+    """A layer on tokens [N, 16, 16], or behind their mean on [N, 16], or a convolution, times a constant."""
+
+    def __init__(self, shape: tuple[int, ...], place: str, outputs: int = 16) -> None:
+        super().__init__()
+        self.place, self.stem = place, nn.Conv2d(3, 16, 2, 2)
+        self.layer = conv(16, outputs) if place == "maps" else nn.Linear(16, outputs)
+        self.factor = nn.Parameter(torch.linspace(0.1, 2.0, torch.Size(shape).numel()).reshape(shape))
+        self.head = nn.LazyLinear(CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        if self.place != "maps":
+            x = x.flatten(2).transpose(1, 2)
+        if self.place == "vector":
+            x = x.mean(1)
+        return self.head((self.layer(x) * self.factor).reshape(x.shape[0], -1))
+
+
+@pytest.mark.parametrize(
+    ("shape", "place", "outputs", "folded"),
+    [
+        ((), "tokens", 16, True),
+        ((1, 1), "tokens", 16, True),
+        ((16,), "tokens", 16, True),
+        ((1, 1, 16), "tokens", 16, True),
+        ((16, 1), "tokens", 16, False),  # a factor for each token
+        ((1, 16, 1), "tokens", 16, False),
+        ((16, 16), "tokens", 16, False),
+        ((16,), "vector", 16, True),
+        ((1, 1, 16), "vector", 16, False),  # the product has an axis more
+        ((16,), "vector", 1, False),  # or more channels
+        ((16, 1, 1), "maps", 16, True),
+        ((1, 16, 1, 1), "maps", 16, True),
+        ((1,), "maps", 16, True),
+        ((1, 1, 16, 1, 1), "maps", 16, False),
+        ((4, 1), "maps", 16, False),  # a factor for each row
+    ],
+)
+def test_only_a_factor_along_the_channels_goes_into_the_weights(
+    shape: tuple[int, ...], place: str, outputs: int, folded: bool
+) -> None:
+    module = Factor(shape, place, outputs).eval()
+    with torch.no_grad():
+        module(images(2))
+    graph = capture(seeded(module), images(2))
+    assert (aten.mul.Tensor not in targets(graph)) is folded
+    assert_same(module, graph)
