@@ -203,6 +203,13 @@ def test_modules_that_cannot_be_exported_are_refused_in_one_line(
     assert capfd.readouterr().out == ""
 
 
+def test_a_pool_with_a_divisor_of_its_own_is_refused(tmp_path: Path) -> None:
+    net = nn.Sequential(conv(3, 8), nn.AvgPool2d(2, divisor_override=3))
+    with pytest.raises(ExportError, match=r"^1: divisor_override=3 of an average pool .* multiply what the pool gives"):
+        export(net.eval(), tmp_path / "model.onnx")
+    assert list(tmp_path.iterdir()) == []
+
+
 def _truncated(content: bytes) -> bytes:
     return content[: len(content) // 2]
 

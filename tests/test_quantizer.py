@@ -23,6 +23,7 @@ from edgecompress.measure.integer_graph import inspect_integer_graph
 from int8_models import (
     CLASSES,
     PATTERNS,
+    SIZE,
     UINT8_7,
     Exported,
     Fire,
@@ -408,6 +409,33 @@ def test_in_place_operators_change_nothing_that_is_read_elsewhere() -> None:
         in_floats = model.graph(images(16))
     assert float((got - in_floats).abs().max()) <= 3 * float(got.max() - got.min()) / 255
     assert float((wanted - got).abs().max()) < 0.05 * float(wanted.abs().max())
+
+
+@pytest.mark.parametrize(
+    "pool",
+    [
+        pytest.param(nn.AvgPool2d(3, 2, ceil_mode=True), id="overhangs"),
+        pytest.param(nn.AvgPool2d((2, 3), ceil_mode=True), id="overhangs in width"),
+        pytest.param(nn.AvgPool2d((3,), (2,), (1,), ceil_mode=True), id="overhangs the padding"),
+        pytest.param(nn.AvgPool2d((3, 2), 2, (1, 0), ceil_mode=True), id="padded in height"),
+        pytest.param(nn.AvgPool2d((3, 4), (2, 5), (1, 2), ceil_mode=True), id="no window in the padding"),
+        pytest.param(nn.AvgPool2d(3, 2, 1, ceil_mode=True, count_include_pad=False), id="padding not counted"),
+        pytest.param(nn.AvgPool2d(3, 2, 1), id="no ceil_mode"),
+    ],
+)
+def test_average_pools_are_the_same_in_the_file(tmp_path: Path, pool: nn.AvgPool2d) -> None:
+    pooled = pool(torch.zeros(1, 8, SIZE, SIZE)).numel()
+    module = seeded(nn.Sequential(conv(3, 8), nn.ReLU(), pool, nn.Flatten(), nn.Linear(pooled, CLASSES)))
+    model, path = quantized(module), tmp_path / "model.onnx"
+    assert model.reference is not None
+    export(model.graph, path)
+    with torch.no_grad():
+        wanted, simulated = module(images(16)), model.simulation()(images(16))
+        torch.testing.assert_close(model.reference(images(16)), wanted, rtol=1e-5, atol=1e-5)
+    step = float(wanted.max() - wanted.min()) / 255
+    assert float((torch.from_numpy(run(path, images(16))) - simulated).abs().max()) <= step
+    assert float((simulated - wanted).abs().max()) < 0.05 * float(wanted.abs().max())
+    assert inspect_integer_graph(path).op_counts["QLinearAveragePool"] == 1
 
 
 # --- Saturation: what decides between 7 and 8 bits for weights.

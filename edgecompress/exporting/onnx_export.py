@@ -94,6 +94,7 @@ def translate(module: nn.Module, example: Tensor, target: Target) -> torch.onnx.
             captured = torch.export.export(
                 module, (example,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},), strict=False
             )
+            _refuse_own_divisors(captured)
             _forget_strides_of_pools(captured)
             program = torch.onnx.export(
                 captured,
@@ -103,6 +104,8 @@ def translate(module: nn.Module, example: Tensor, target: Target) -> torch.onnx.
                 opset_version=target.opset,
                 verbose=False,
             )
+    except ExportError:
+        raise
     except Exception as error:  # both raise many unrelated types for graphs that they cannot translate
         cause: BaseException = error
         while cause.__cause__ is not None:  # the exporter wraps the cause in advice on how to report it
@@ -117,6 +120,18 @@ def translate(module: nn.Module, example: Tensor, target: Target) -> torch.onnx.
     if program is None:
         raise ExportError("torch.onnx.export returned nothing")
     return program
+
+
+def _refuse_own_divisors(captured: torch.export.ExportedProgram) -> None:
+    """Raise ExportError for average pools with `divisor_override`: ONNX has none, and torch's exporter drops it."""
+    for node in captured.graph.nodes:
+        if node.target is torch.ops.aten.avg_pool2d.default and len(node.args) > 6 and node.args[6] is not None:
+            modules = list((node.meta.get("nn_module_stack") or {}).values())
+            place = str(modules[-1][0]) if modules else ""
+            raise ExportError(
+                f"{place or node.name}: divisor_override={node.args[6]} of an average pool cannot be exported to ONNX; "
+                "leave it out, and multiply what the pool gives by (height * width of its kernel) / divisor"
+            )
 
 
 def _forget_strides_of_pools(captured: torch.export.ExportedProgram) -> None:

@@ -28,7 +28,7 @@ from torchao.quantization.pt2e.quantizer import (
 )
 
 from edgecompress.errors import ConfigurationError
-from edgecompress.int8.decompose import decompose_activations, flatten_linears
+from edgecompress.int8.decompose import decompose_activations, flatten_linears, pad_pools
 from edgecompress.int8.scheme import Scheme
 from edgecompress.int8.weight_ranges import WeightRangeObserver
 from edgecompress.settings.spelling import did_you_mean
@@ -134,7 +134,7 @@ class OnnxRuntimeQuantizer(Quantizer):  # type: ignore[misc]  # torchao ships no
 
     def transform_for_annotation(self, model: GraphModule) -> GraphModule:
         """Write operators without an integer kernel by others that have one."""
-        return flatten_linears(decompose_activations(model))
+        return pad_pools(flatten_linears(decompose_activations(model)))
 
     def annotate(self, model: GraphModule) -> GraphModule:
         """Walk the graph from input to output once; every node sees whether its inputs are integers."""
