@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from edgecompress.int8.capture import aten, capture
-from int8_models import CLASSES, conv, images, seeded
+from int8_models import CLASSES, conv, images, quantized, seeded
 
 
 def targets(graph: torch.fx.GraphModule) -> list[object]:
@@ -72,3 +72,55 @@ def test_only_a_factor_along_the_channels_goes_into_the_weights(
     graph = capture(seeded(module), images(2))
     assert (aten.mul.Tensor not in targets(graph)) is folded
     assert_same(module, graph)
+
+
+# --- Batch norms that PT2E must not fold.
+
+
+class Normed(nn.Module):
+    """A layer, a batch norm behind it, and whether another reader takes the layer's output too."""
+
+    def __init__(self, layer: nn.Module, norm: nn.Module, *, shared: bool = False) -> None:
+        super().__init__()
+        self.layer, self.norm, self.shared, self.head = layer, norm, shared, nn.LazyLinear(CLASSES)
+        self.axes = 2 if isinstance(layer, nn.Linear) else 3 if isinstance(norm, nn.BatchNorm1d) else 4
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.layer(x.mean((2, 3)) if self.axes == 2 else x.flatten(2) if self.axes == 3 else x)
+        z = self.norm(y)
+        return self.head((z + y if self.shared else z).flatten(1))
+
+
+NORMED: dict[str, tuple[Normed, bool]] = {
+    "folded": (Normed(conv(3, 8), nn.BatchNorm2d(8)), True),
+    "transposed": (Normed(nn.ConvTranspose2d(3, 8, 2, 2), nn.BatchNorm2d(8)), True),
+    "transposed, in groups": (Normed(nn.ConvTranspose2d(3, 6, 2, 2, groups=3), nn.BatchNorm2d(6)), False),
+    "transposed, in groups, 1d": (Normed(nn.ConvTranspose1d(3, 6, 2, 2, groups=3), nn.BatchNorm1d(6)), False),
+    "statistics of the batch": (Normed(conv(3, 8), nn.BatchNorm2d(8, track_running_stats=False)), False),
+    "shared": (Normed(conv(3, 8), nn.BatchNorm2d(8), shared=True), False),
+    "shared, 1d": (Normed(nn.Conv1d(3, 8, 3), nn.BatchNorm1d(8), shared=True), False),
+    "linear": (Normed(nn.Linear(3, 8), nn.BatchNorm1d(8)), True),
+    "linear, shared": (Normed(nn.Linear(3, 8), nn.BatchNorm1d(8), shared=True), False),
+    "weights not constant": (
+        Normed(torch.nn.utils.parametrizations.weight_norm(conv(3, 8)), nn.BatchNorm2d(8)),
+        False,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NORMED)
+def test_batch_norms_are_folded_where_that_is_right(name: str) -> None:
+    module, folded = NORMED[name]
+    with torch.no_grad():
+        module.eval()(images(2))
+        for tensor in (*module.norm.parameters(), *module.norm.buffers()):
+            if tensor.is_floating_point():
+                tensor.uniform_(0.5, 2.0)
+    model = quantized(module)
+    assert model.reference is not None
+    assert_same(module, model.reference)
+    with torch.no_grad():
+        wanted, got = module(images(16)), model.simulation()(images(16))
+    assert float((wanted - got).abs().max()) < 0.1 * float(wanted.abs().max())
+    norms = [node for node in capture(module, images(2)).graph.nodes if node.target is aten.batch_norm.default]
+    assert bool(norms) is folded

@@ -341,6 +341,16 @@ def test_an_operator_whose_result_depends_on_values_is_named_where_the_graph_nee
         torch.testing.assert_close(capture(module, images(2))(images(3) * 0), module(images(3) * 0))
 
 
+def test_what_torchao_cannot_prepare_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def stopped(*_: object) -> None:
+        raise TypeError("no such channel\nand more words")
+
+    monkeypatch.setattr(edgecompress.int8.capture, "prepare_pt2e", stopped)
+    with pytest.raises(QuantizationError, match=r"torchao stopped with TypeError: no such channel; give it") as caught:
+        quantized(seeded(Residual()))
+    assert "\n" not in str(caught.value)
+
+
 # --- The scheme.
 
 

@@ -6,30 +6,33 @@ What enters: a float module and an example batch. What leaves: a graph that shar
 from __future__ import annotations
 
 import copy
+import operator
 import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+from torchao.quantization.pt2e.quantize_pt2e import prepare_pt2e
+from torchao.quantization.pt2e.quantizer import Quantizer
 
 from edgecompress import console
-from edgecompress.errors import QuantizationError
+from edgecompress.errors import EdgeCompressError, QuantizationError
 
 aten = torch.ops.aten
 
-# What PT2E folds a batch norm into.
+# What PT2E folds a batch norm into, beside linear layers on matrices.
+_TRANSPOSED = {aten.conv_transpose1d.default, aten.conv_transpose2d.input}
+_TRANSPOSED_GROUPS = 6  # position of `groups` among their arguments
 _FOLDING = {
-    aten.conv1d.default,
-    aten.conv1d.padding,
-    aten.conv2d.default,
-    aten.conv2d.padding,
-    aten.conv_transpose1d.default,
-    aten.conv_transpose2d.input,
+    *(aten.conv1d.default, aten.conv1d.padding),
+    *(aten.conv2d.default, aten.conv2d.padding),
+    *_TRANSPOSED,
 }
 _SCALABLE = {aten.conv2d.default, aten.conv2d.padding, aten.linear.default}
 _VIEWS = {aten.reshape.default, aten.view.default, aten.unsqueeze.default}
@@ -101,49 +104,130 @@ def _require_any_count(captured: GraphModule) -> None:
         expression = value.node.expr
         for symbol in expression.free_symbols & counted_by.keys():
             if any(expression.subs(symbol, count) == False for count in (0, 1)):  # noqa: E712  # sympy's own false
-                operator = str(counted_by[symbol].target).removesuffix(".default")
+                name = str(counted_by[symbol].target).removesuffix(".default")
                 raise QuantizationError(
-                    f"the model's operator {operator} gives as many values as it finds in an image, and the captured "
-                    f"graph holds only for some counts ({expression}); return the logits from before {operator}, and "
+                    f"the model's operator {name} gives as many values as it finds in an image, and the captured "
+                    f"graph holds only for some counts ({expression}); return the logits from before {name}, and "
                     "do what follows it outside of the model"
                 )
 
 
-def _free_batch_norms(captured: GraphModule) -> None:
-    """Turn each batch norm that cannot be folded into a 1x1 depthwise convolution, equal up to float rounding.
+def prepare(captured: GraphModule, quantizer: Quantizer) -> GraphModule:
+    """Fold batch norms and put observers where the quantizer wants them (torchao's `prepare_pt2e`).
 
-    There is no integer batch norm, but a depthwise convolution is QLinearConv, takes the relu behind it along, and
-    its one weight a channel is exact in int8. Batch norms of that kind stand before their convolution (DenseNet)
-    or behind a convolution that others read too, where PT2E would fold all the same and change what those read.
+    Raises QuantizationError where torchao cannot.
+    """
+    try:
+        prepared = prepare_pt2e(captured, quantizer)
+    except EdgeCompressError:
+        raise
+    except Exception as error:  # torchao raises whatever its graph surgery meets
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise QuantizationError(
+            f"the model's graph cannot be prepared for int8: torchao stopped with {type(error).__name__}: {lines[0]}; "
+            "give it a model of plain Conv2d, Linear and BatchNorm2d modules, unusual batch norms folded beforehand"
+        ) from error
+    assert isinstance(prepared, GraphModule)
+    return prepared
+
+
+def _free_batch_norms(captured: GraphModule) -> None:
+    """Write each batch norm that cannot be folded as operators equal to it up to float rounding.
+
+    There is no integer batch norm, but a 1x1 depthwise convolution is QLinearConv, takes the relu behind it along, and
+    its one weight a channel is exact in int8. Batch norms of that kind stand before their convolution (DenseNet) or
+    behind a convolution that others read too, where PT2E would fold all the same and change what those read.
     """
     for node in [node for node in captured.graph.nodes if node.target is aten.batch_norm.default]:
-        source, *names = node.args[:5]
-        if source.target in _FOLDING and len(source.users) == 1:
+        value, uses_batch_statistics = node.args[0].meta.get("val"), node.args[5]
+        if value is None:
             continue
-        value, training, epsilon = source.meta.get("val"), node.args[5], node.args[7]
-        if value is None or value.dim() != 4 or training:
+        is_folded = _is_folded(node.args[0], value.dim())
+        if uses_batch_statistics:
+            norm = _unfoldable(captured, node)
+        elif is_folded and _may_be_folded(node.args[0]):
             continue
-        mean, variance = (_tensor(captured, name).double() for name in names[2:])
-        factor = torch.rsqrt(variance + epsilon)
-        if names[0] is not None:
-            factor = factor * _tensor(captured, names[0]).double()
-        shift = -mean * factor
-        if names[1] is not None:
-            shift = shift + _tensor(captured, names[1]).double()
-        constants = {"weight": factor.view(-1, 1, 1, 1), "bias": shift}
-        with captured.graph.inserting_before(node):
-            arguments = []
-            for kind, constant in constants.items():
-                name = f"_{node.name}_{kind}"
-                captured.register_parameter(name, nn.Parameter(constant.float(), requires_grad=False))
-                arguments.append(captured.graph.get_attr(name))
-                arguments[-1].meta = {}
-            settings = ([1, 1], [0, 0], [1, 1], len(mean))
-            convolution = captured.graph.call_function(aten.conv2d.default, (source, *arguments, *settings))
-        convolution.meta = dict(node.meta)
-        node.replace_all_uses_with(convolution)
+        elif value.dim() == 4:
+            norm = _as_convolution(captured, node)
+        elif is_folded:
+            norm = _as_product_and_sum(captured, node, value.dim())
+        else:
+            continue
+        node.replace_all_uses_with(norm)
         captured.graph.erase_node(node)
     captured.recompile()
+
+
+def _is_folded(layer: Node, axes: int) -> bool:
+    """Whether PT2E folds a batch norm of a tensor with so many axes into the layer that gives it, rightly or not."""
+    return layer.target in _FOLDING or (layer.target is aten.linear.default and axes == 2)
+
+
+def _may_be_folded(layer: Node) -> bool:
+    """Whether that is right: nobody else reads the layer, its weights are constants, and PT2E finds their channels."""
+    is_transposed = layer.target in _TRANSPOSED
+    groups = layer.args[_TRANSPOSED_GROUPS] if is_transposed and len(layer.args) > _TRANSPOSED_GROUPS else 1
+    parameters = [argument for argument in layer.args[1:3] if isinstance(argument, Node)]
+    return len(layer.users) == 1 and bool(groups == 1) and all(parameter.op == "get_attr" for parameter in parameters)
+
+
+def _unfoldable(captured: GraphModule, node: Node) -> Node:
+    """A batch norm by the batch's own statistics, under the operator that PT2E does not try to fold."""
+    arguments: list[Any] = list(node.args)
+    source, weight, bias, _, _, _, momentum, epsilon, *_ = arguments
+    with captured.graph.inserting_before(node):
+        whole = captured.graph.call_function(
+            aten._native_batch_norm_legit.no_stats, (source, weight, bias, True, momentum, epsilon)
+        )
+        norm = captured.graph.call_function(operator.getitem, (whole, 0))
+    whole.meta = {key: fact for key, fact in node.meta.items() if key != "val"}
+    norm.meta = dict(node.meta)
+    return norm
+
+
+def _as_convolution(captured: GraphModule, node: Node) -> Node:
+    """A batch norm of maps [N, C, H, W] as a 1x1 depthwise convolution."""
+    factor, shift = _factor_and_shift(captured, node)
+    with captured.graph.inserting_before(node):
+        weight = _new_parameter(captured, f"_{node.name}_weight", factor.view(-1, 1, 1, 1))
+        bias = _new_parameter(captured, f"_{node.name}_bias", shift)
+        settings = ([1, 1], [0, 0], [1, 1], len(factor))
+        convolution = captured.graph.call_function(aten.conv2d.default, (node.args[0], weight, bias, *settings))
+    convolution.meta = dict(node.meta)
+    return convolution
+
+
+def _as_product_and_sum(captured: GraphModule, node: Node, axes: int) -> Node:
+    """A batch norm of [N, C] or [N, C, L] as x * factor + shift, in float."""
+    factor, shift = (part.view(-1, *[1] * (axes - 2)) for part in _factor_and_shift(captured, node))
+    with captured.graph.inserting_before(node):
+        weight = _new_parameter(captured, f"_{node.name}_weight", factor)
+        bias = _new_parameter(captured, f"_{node.name}_bias", shift)
+        product = captured.graph.call_function(aten.mul.Tensor, (node.args[0], weight))
+        total = captured.graph.call_function(aten.add.Tensor, (product, bias))
+    product.meta, total.meta = dict(node.meta), dict(node.meta)
+    return total
+
+
+def _factor_and_shift(captured: GraphModule, node: Node) -> tuple[Tensor, Tensor]:
+    """What a batch norm in eval mode multiplies each channel by, and what it adds then; in float64."""
+    arguments: list[Any] = list(node.args)
+    _, weight, bias, mean_name, variance_name, _, _, epsilon, *_ = arguments
+    mean, variance = (_tensor(captured, name).double() for name in (mean_name, variance_name))
+    factor = torch.rsqrt(variance + epsilon)
+    if weight is not None:
+        factor = factor * _tensor(captured, weight).double()
+    shift = -mean * factor
+    if bias is not None:
+        shift = shift + _tensor(captured, bias).double()
+    return factor, shift
+
+
+def _new_parameter(captured: GraphModule, name: str, value: Tensor) -> Node:
+    captured.register_parameter(name, nn.Parameter(value.float(), requires_grad=False))
+    node = captured.graph.get_attr(name)
+    node.meta = {}
+    return node
 
 
 def _fold_layer_scales(captured: GraphModule) -> None:

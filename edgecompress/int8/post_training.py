@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 from torchao.quantization.pt2e.observer import ObserverBase
-from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e
 
 from edgecompress import console
 from edgecompress.errors import QuantizationError
 from edgecompress.int8.calibration import RangeObserver, RangeWatch, activation_observer
-from edgecompress.int8.capture import capture
+from edgecompress.int8.capture import capture, prepare
 from edgecompress.int8.compensation import compensate
 from edgecompress.int8.dead_channels import layer_behind
 from edgecompress.int8.finetuning import finetune
@@ -59,7 +59,7 @@ def quantize(
     _check_weights(module)
     observer = activation_observer(stage.calibration.method, stage.calibration.percentile)
     quantizer = OnnxRuntimeQuantizer(scheme, observer, stage.exclude)
-    prepared = prepare_pt2e(capture(module, example), quantizer)
+    prepared = prepare(capture(module, example), quantizer)
     leave_room_for_biases(prepared)
     reference = _without_observers(prepared)
     if not quantizer.placement.quantized:

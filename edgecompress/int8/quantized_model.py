@@ -19,11 +19,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 from torchao.quantization.pt2e.observer import MinMaxObserver
-from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e
 
 from edgecompress.errors import RunError
 from edgecompress.int8.calibration import CalibrationFacts
-from edgecompress.int8.capture import capture
+from edgecompress.int8.capture import capture, prepare
 from edgecompress.int8.integer_simulation import simulate_integers
 from edgecompress.int8.operators import DEQUANTIZE, DEQUANTIZE_CHANNELS, QUANTIZE
 from edgecompress.int8.quantizer import OnnxRuntimeQuantizer
@@ -124,7 +124,7 @@ def load_quantized(folder: Path, module: nn.Module, description: dict[str, Any],
         facts = description["quantized"]
         scheme = Scheme(facts["scheme"]["activations"], int(facts["scheme"]["weight_bits"]))
         quantizer = OnnxRuntimeQuantizer(scheme, MinMaxObserver, facts["exclude"])
-        prepared = prepare_pt2e(capture(module, example), quantizer)
+        prepared = prepare(capture(module, example), quantizer)
         with torch.no_grad():
             prepared(example)
         graph = convert_pt2e(prepared)
