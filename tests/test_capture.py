@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from edgecompress.int8.capture import aten, capture
-from int8_models import CLASSES, conv, images, quantized, seeded
+from int8_models import CLASSES, SIZE, conv, images, quantized, seeded
 
 
 def targets(graph: torch.fx.GraphModule) -> list[object]:
@@ -72,6 +72,56 @@ def test_only_a_factor_along_the_channels_goes_into_the_weights(
     graph = capture(seeded(module), images(2))
     assert (aten.mul.Tensor not in targets(graph)) is folded
     assert_same(module, graph)
+
+
+# --- Operators in place.
+
+
+class InPlace(nn.Module):
+    """One of several ways to change a tensor, or a part of it, that is read afterwards."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.way, self.first, self.second, self.head = way, conv(3, 4), conv(4, 4), nn.Linear(4, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x)
+        if self.way == "itself":
+            y.relu_().mul_(0.5)
+        elif self.way == "view that is read":
+            y = y.flatten(2).relu_().unflatten(2, (SIZE, SIZE))
+        elif self.way == "mask":
+            mask = y.new_zeros(1, 1, SIZE, SIZE)
+            mask[..., 2:] = 1.0
+            y = y * mask
+        elif self.way == "view":
+            y.flatten(1).relu_()
+        elif self.way == "piece":
+            y[:, :2].relu_()
+        elif self.way == "canvas":
+            canvas = torch.zeros_like(y)
+            canvas[:, :, 1:] = y[:, :, 1:]
+            y = canvas
+        return self.head(self.second(y).mean((2, 3)))
+
+
+@pytest.mark.parametrize(
+    ("way", "functional"),
+    [
+        *(("itself", False), ("view that is read", False)),
+        *(("view", True), ("piece", True), ("canvas", True), ("mask", True)),
+    ],
+)
+def test_only_what_readers_would_miss_is_written_without_operators_in_place(way: str, functional: bool) -> None:
+    module = seeded(InPlace(way))
+    graph = capture(module, images(2))
+    in_place = [target for target in targets(graph) if getattr(target, "_schema", None) and target._schema.is_mutable]
+    assert (not in_place) is functional
+    assert_same(module, graph)
+    model = quantized(module)
+    with torch.no_grad():
+        wanted, got = module(images(16)), model.simulation()(images(16))
+    assert float((wanted - got).abs().max()) < 0.1 * float(wanted.abs().max())
 
 
 # --- Batch norms that PT2E must not fold.

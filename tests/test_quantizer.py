@@ -383,6 +383,43 @@ def test_batch_norms_that_cannot_be_folded_are_equal_as_convolutions(net: type[n
     assert not any("batch_norm" in str(node.target) for node in model.graph.graph.nodes)
 
 
+class ThroughViews(nn.Module):
+    """In-place operators on views of tensors that are read afterwards, between a batch norm to fold and one to free."""
+
+    def __init__(self, *, by_view: bool) -> None:
+        super().__init__()
+        self.by_view, self.first, self.norm, self.second = by_view, conv(3, 8), nn.BatchNorm2d(8), conv(8, 8)
+        self.last, self.head = nn.BatchNorm2d(8), nn.Linear(8, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(self.first(x))
+        if self.by_view:
+            y.flatten(1).relu_()
+            y[:, :4].mul_(0.5)
+        else:
+            y = functional.relu(y)
+            y = torch.cat((y[:, :4] * 0.5, y[:, 4:]), 1)
+        y = self.second(y)
+        return self.head((functional.relu(self.last(y)) + y).mean((2, 3)))
+
+
+def test_in_place_operators_through_a_view_are_seen_by_all_readers(tmp_path: Path) -> None:
+    module, plain = seeded(ThroughViews(by_view=True)), seeded(ThroughViews(by_view=False))
+    with torch.no_grad():
+        wanted = plain(images(16))
+        torch.testing.assert_close(module(images(16)), wanted)
+    model = quantized(module)
+    assert model.reference is not None
+    assert model.quantized_layers == quantized(plain).quantized_layers
+    export(model.graph, tmp_path / "model.onnx")
+    with torch.no_grad():
+        torch.testing.assert_close(model.reference(images(16)), wanted, rtol=1e-5, atol=1e-5)
+        got = model.simulation()(images(16))
+    assert float((wanted - got).abs().max()) < 0.05 * float(wanted.abs().max())
+    in_the_file = torch.from_numpy(run(tmp_path / "model.onnx", images(16)))
+    assert float((in_the_file - got).abs().max()) <= 3 * float(got.max() - got.min()) / 255
+
+
 class InPlace(nn.Module):
     """In-place operators on tensors that others read before and after."""
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+from torch.multiprocessing.reductions import StorageWeakRef
 from torchao.quantization.pt2e.quantize_pt2e import prepare_pt2e
 from torchao.quantization.pt2e.quantizer import Quantizer
 
@@ -48,7 +49,10 @@ def capture(module: nn.Module, example: Tensor) -> GraphModule:
     try:
         with console.busy("capturing the model"), _failures_unprinted():
             program = torch.export.export(twin, (example,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
+        if _writes_through_views(program):
+            program = program.run_decompositions({})  # leaves no operator in place
         captured = program.module()
+        _restore_batch_norms(captured)
         _free_batch_norms(captured)
         _unshare_weights(captured)
         _fold_layer_scales(captured)
@@ -129,6 +133,44 @@ def prepare(captured: GraphModule, quantizer: Quantizer) -> GraphModule:
         ) from error
     assert isinstance(prepared, GraphModule)
     return prepared
+
+
+def _writes_through_views(program: torch.export.ExportedProgram) -> bool:
+    """Whether a tensor is read that an operator changed in place under another name: `y.flatten(1).relu_(); use(y)`.
+
+    Each reader of a quantized tensor gets floats of its own, so it would not see what was written to another's; and
+    an operator whose result nobody reads looks like one that does nothing. `y.relu_(); use(y)` is captured as a read
+    of the operator's result.
+    """
+    written: dict[object, set[Node]] = {}  # memory -> the names under which it holds what was written last
+    for node in program.graph.nodes:
+        if any(source not in written.get(_memory(source), {source}) for source in node.all_input_nodes):
+            return True
+        if isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable:
+            written[_memory(node)] = {node}
+        elif _memory(node) in written:
+            written[_memory(node)].add(node)
+    return False
+
+
+def _memory(node: Node) -> object:
+    """What tensors that are views of each other have in common; None for what is no tensor."""
+    value = node.meta.get("val")
+    return StorageWeakRef(value.untyped_storage()) if isinstance(value, Tensor) else None  # type: ignore[no-untyped-call]
+
+
+def _restore_batch_norms(captured: GraphModule) -> None:
+    """Batch norms as `torch.export` writes them, where `run_decompositions` made operators of three outputs of them."""
+    for node in [n for n in captured.graph.nodes if n.target is aten._native_batch_norm_legit_no_training.default]:
+        (norm,) = node.users
+        with captured.graph.inserting_before(node):
+            arguments = (*node.args[:5], False, *node.args[5:7], False)
+            restored = captured.graph.call_function(aten.batch_norm.default, arguments)
+        restored.meta = dict(norm.meta)
+        norm.replace_all_uses_with(restored)
+        captured.graph.erase_node(norm)
+        captured.graph.erase_node(node)
+    captured.recompile()
 
 
 def _free_batch_norms(captured: GraphModule) -> None:

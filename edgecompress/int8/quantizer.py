@@ -57,6 +57,7 @@ _MOVERS = {
     aten.flatten.using_ints,
     aten.reshape.default,
     aten.view.default,
+    aten._unsafe_view.default,
     aten.permute.default,
     aten.transpose.int,
     aten.squeeze.dim,
