@@ -83,6 +83,9 @@ def _macs(mixed: MixedModel, node: Node) -> int:
     assert isinstance(node.args[1], Node)
     weights = constant_of(mixed.reference, node.args[1]).numel()
     value = node.meta.get("val")
-    if value is None or node.target is aten.linear.default:
+    if value is None:
         return weights
-    return weights * math.prod(int(size) for size in value.shape[2:])
+    if node.target is not aten.linear.default:
+        return weights * math.prod(int(size) for size in value.shape[2:])
+    images = next(n for n in mixed.reference.graph.nodes if n.op == "placeholder").meta["val"].shape[0]
+    return weights * int(math.prod(value.shape[:-1]) // images)  # a linear layer on tokens has a row for each
