@@ -23,7 +23,8 @@ from edgecompress.errors import QuantizationError, RunError
 from edgecompress.int8.capture import capture
 from edgecompress.int8.quantized_model import QuantizedModel, load_quantized, save_quantized
 from edgecompress.int8.scheme import Scheme, resolve_scheme
-from edgecompress.settings.target import Int8Scheme, load_target
+from edgecompress.settings.target import Int8Scheme, Target, load_target
+from edgecompress.steps.debug_run import adds_in_16_bits
 from int8_models import UINT8_7, HardSwish, Residual, Shared, conv, export, images, quantized, seeded, stage
 
 METHODS = ["minmax", "histogram", "percentile"]
@@ -371,6 +372,7 @@ def test_scheme_of_every_target(
     monkeypatch: pytest.MonkeyPatch, vnni: bool, target: str | None, activations: str, bits: int | None
 ) -> None:
     monkeypatch.setattr(edgecompress.int8.scheme, "has_vnni", lambda: vnni)
+    monkeypatch.setattr(edgecompress.int8.scheme, "fits", lambda _: [])
     scheme, why = resolve_scheme(stage(), load_target(target) if target else None)
     expected = bits if bits is not None else 8 if vnni else 7
     assert scheme == Scheme(activations, expected)
@@ -402,3 +404,30 @@ def test_auto_on_arm_does_not_ask_this_machine(monkeypatch: pytest.MonkeyPatch, 
     scheme, why = resolve_scheme(stage(), target)
     assert scheme == Scheme("int8", 8)
     assert "Arm" in why
+
+
+@pytest.mark.parametrize("vnni", [False, True])
+@pytest.mark.parametrize(
+    ("facts", "at_hand", "bits", "reason"),
+    [
+        ({"isa": ["avx2"]}, True, None, "this CPU has"),
+        ({"isa": ["avx2"]}, False, 7, "target edge is another machine than this one and names no VNNI"),
+        ({"isa": ["avx2"], "device": {"host": "pi@box"}}, True, 7, "target edge is another machine"),
+        ({"isa": ["avx2", "avx512_vnni"]}, False, 8, "target edge has VNNI"),
+        ({"isa": ["avx512_vnni|avx_vnni"], "device": {"host": "pi@box"}}, False, 8, "target edge has VNNI"),
+        ({"isa": ["avx2|avx_vnni"]}, False, 7, "target edge is another machine"),  # which one it has is open
+        ({}, True, None, "this CPU has"),
+        ({"device": {"host": "pi@box"}}, True, 7, "target edge is another machine"),
+    ],
+)
+def test_auto_asks_this_machine_only_about_itself(
+    monkeypatch: pytest.MonkeyPatch, vnni: bool, facts: dict[str, Any], at_hand: bool, bits: int | None, reason: str
+) -> None:
+    monkeypatch.setattr(edgecompress.int8.scheme, "has_vnni", lambda: vnni)
+    monkeypatch.setattr(edgecompress.int8.scheme, "fits", lambda _: [] if at_hand else ["another machine"])
+    target = Target.model_validate({"name": "edge", "architecture": "x86_64", **facts})
+    scheme, why = resolve_scheme(stage(), target)
+    expected = bits or (8 if vnni else 7)
+    assert scheme == Scheme("uint8", expected)
+    assert why.startswith(f"{expected}-bit weights: {reason}")
+    assert adds_in_16_bits(target) is (expected == 7)

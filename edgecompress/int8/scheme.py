@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from edgecompress.machine import has_vnni
+from edgecompress.machine import VNNI_FEATURES, fits, has_vnni
 from edgecompress.settings.recipe import QuantizeStage
 from edgecompress.settings.target import Target
 
@@ -51,9 +51,24 @@ def resolve_scheme(stage: QuantizeStage, target: Target | None) -> tuple[Scheme,
         return Scheme(activations, int(bits)), f"{bits}-bit weights, as the {source} says"
     if is_arm:
         return Scheme(activations, 8), "8-bit weights: Arm kernels do not saturate"
-    if has_vnni():
-        return Scheme(activations, 8), "8-bit weights: this CPU has VNNI, whose sums cannot saturate"
-    return (
-        Scheme(activations, 7),
-        "7-bit weights: this CPU has no VNNI, and its 16-bit sums saturate with 8-bit weights",
-    )
+    is_wide, why = sums_in_32_bits(target)
+    if is_wide:
+        return Scheme(activations, 8), f"8-bit weights: {why}, whose sums cannot saturate"
+    return Scheme(activations, 7), f"7-bit weights: {why}, and 16-bit sums saturate with 8-bit weights"
+
+
+def sums_in_32_bits(target: Target | None) -> tuple[bool, str]:
+    """Whether products are summed in 32 bits (VNNI) on an x86 target, and how that is known, in words.
+
+    This machine is asked only where it is the target: another one may lack what this one has.
+    """
+    if target is not None and names_vnni(target):
+        return True, f"target {target.name} has VNNI"
+    if target is not None and (target.device.host is not None or fits(target)):
+        return False, f"target {target.name} is another machine than this one and names no VNNI in isa"
+    return (True, "this CPU has VNNI") if has_vnni() else (False, "this CPU has no VNNI")
+
+
+def names_vnni(target: Target) -> bool:
+    """Whether a target insists on VNNI, in either of its forms."""
+    return any(set(entry.split("|")) <= set(VNNI_FEATURES) for entry in target.isa)

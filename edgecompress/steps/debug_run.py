@@ -11,7 +11,7 @@ from typing import Any
 
 from edgecompress.errors import ProfileError
 from edgecompress.int8.diagnosis import HEALTHY_DB, diagnose
-from edgecompress.machine import has_vnni
+from edgecompress.int8.scheme import names_vnni, sums_in_32_bits
 from edgecompress.measure.integer_graph import inspect_integer_graph
 from edgecompress.reporting.summary import entries, section
 from edgecompress.reporting.value_text import number, percent_text, printable
@@ -58,9 +58,9 @@ def debug_run(run: RunDirectory, target: Target, *, images: int, worst: int) -> 
 
 def adds_in_16_bits(target: Target) -> bool:
     """Whether a target's kernels add products in 16 bits, which saturate: x86 without VNNI."""
-    if target.architecture != "x86_64" or any("vnni" in feature for feature in target.isa):
+    if target.architecture != "x86_64" or names_vnni(target):
         return False
-    return target.int8.weight_bits == 7 or not has_vnni()
+    return target.int8.weight_bits == 7 or not sums_in_32_bits(target)[0]
 
 
 def _exported(run: RunDirectory, target: Target) -> Json | None:
