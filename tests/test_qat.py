@@ -10,17 +10,13 @@ from torch import Tensor
 
 from edgecompress import pipeline
 from edgecompress.errors import ConfigurationError
-from edgecompress.exporting.parity import sqnr_db
 from edgecompress.int8 import weight_ranges
 from edgecompress.int8.post_training import quantize
-from edgecompress.int8.qat import TrainableInt8, _RoundToStep, _Step
+from edgecompress.int8.qat import TrainableInt8, _RoundToStep
 from edgecompress.int8.quantized_model import QuantizedModel
 from edgecompress.int8.scheme import Scheme
-from edgecompress.measure.integer_graph import inspect_integer_graph
 from edgecompress.settings.recipe import QatStage, QuantizeStage, load_recipe
 from edgecompress.stages.train_stages import _compare
-from int8_models import PATTERNS, export, exported, run
-from int8_models import images as pattern_images
 from small_models import images, tiny_net
 
 
@@ -232,28 +228,3 @@ def test_it_wins_back_what_poor_ranges_lost(tmp_path: Path) -> None:
     assert found["val_accuracy"] > found["val_accuracy_post_training"]
     assert found["val_brier_score"] < found["val_brier_score_post_training"]
     assert outcome.manifest["stages"][-1]["accuracy"] > 0.9  # 0.88 after calibration
-
-
-QUICK_PATTERNS = ("HardSwish", "HardExcite", "Clamped")
-
-
-@pytest.mark.parametrize(
-    "name", [name if name in QUICK_PATTERNS else pytest.param(name, marks=pytest.mark.slow) for name in PATTERNS]
-)
-def test_steps_that_learned_leave_every_operator_an_integer_kernel(tmp_path: Path, name: str) -> None:
-    """Clamps, hard-sigmoids, shared scales: what the export and the runtime presuppose of steps outlives training."""
-    before = exported(name, tmp_path)
-    trainable = TrainableInt8(before.model)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in trainable.parameters():
-            parameter.mul_(1 + 0.05 * (2 * torch.rand(parameter.shape, generator=generator) - 1))
-        for step in (module for module in trainable.modules() if isinstance(module, _Step)):
-            step.factor += 0.1 * (2 * torch.rand(step.factor.shape, generator=generator) - 1)
-    trained = trainable.quantized("moved")
-    path = tmp_path / "trained.onnx"
-    assert export(trained.graph, path) == before.rewrites
-    assert inspect_integer_graph(path).op_counts == before.graph.op_counts
-    batch = pattern_images(16)
-    with torch.no_grad():
-        assert sqnr_db(trained.simulation()(batch).numpy(), run(path, batch)) > 45

@@ -28,10 +28,7 @@ from edgecompress.int8.operators import DEQUANTIZE, DEQUANTIZE_CHANNELS, QUANTIZ
 from edgecompress.int8.quantized_model import QuantizedModel
 
 aten = torch.ops.aten
-_HARD_SIGMOIDS = {aten.hardsigmoid.default, aten.hardsigmoid_.default}
-_HARDTANHS = {aten.hardtanh.default, aten.hardtanh_.default}
-_RELU6 = {aten.relu6.default, aten.relu6_.default}
-_CLAMPS = {aten.clamp.default, aten.clamp_.default}
+_CLAMPS_WITH_A_LIMIT = {aten.relu6.default, aten.hardtanh.default, aten.hardtanh_.default}
 _INT32_LIMIT = 2**31 - 1
 
 
@@ -91,11 +88,7 @@ class _Activation(nn.Module):
 
 
 class _FixedActivation(nn.Module):
-    """A pair with nothing to learn in it.
-
-    A saturating requantization, which reads back with another scale than it wrote, or a hard-sigmoid's output, whose
-    steps of exactly 1/255 let the export write it as one.
-    """
+    """A pair that reads back with another scale than it wrote (a saturating requantization): nothing to learn in it."""
 
     def __init__(self, written: tuple[float, int], read: tuple[float, int], low: int, high: int) -> None:
         super().__init__()
@@ -275,19 +268,18 @@ def _insert_activations(twin: GraphModule) -> dict[str, _Step]:
     for node in pairs:
         written = node.args[0]
         key = _scale_of(written)
-        low, high = int(written.args[3]) - key[1], int(written.args[4]) - key[1]
-        # An observed range never ended beyond its clamp; so the runtime could drop the clamp, and still can.
-        for limit, end in zip(_clamp_limits(written.args[0]), (low, high), strict=True):
-            if limit is not None and end != 0:
-                largest[key] = min(largest.get(key, math.inf), max(limit / end, key[0]))
-    fixed = {_scale_of(node) for node in pairs if node.args[0].args[0].target in _HARD_SIGMOIDS}
+        limit = _clamp_limit(written.args[0])
+        high = int(written.args[4])
+        if limit is not None and high > key[1]:
+            # An observed range never ended beyond its clamp; so the runtime could drop the clamp, and still can.
+            largest[key] = min(largest.get(key, math.inf), max(limit / (high - key[1]), key[0]))
     steps: dict[tuple[float, int], _Step] = {}
     of_node: dict[str, _Step] = {}
     for node in pairs:
         written = node.args[0]
         key, low, high = _scale_of(written), int(written.args[3]), int(written.args[4])
         activation: nn.Module
-        if _scale_of(node) == key and key not in fixed:
+        if _scale_of(node) == key:
             if key not in steps:
                 steps[key] = _Step(torch.tensor(key[0]), largest.get(key, math.inf))
             activation = _Activation(steps[key], key[1], low, high)
@@ -307,18 +299,13 @@ def _scale_of(node: Any) -> tuple[float, int]:
     return float(node.args[1]), int(node.args[2])
 
 
-def _clamp_limits(node: Any) -> tuple[float | None, float | None]:
-    """Where a clamp begins and ends: 0 and 6 for ReLU6. None for an end that is open, and for what is no clamp."""
-    if not isinstance(node, Node):
-        return None, None
-    if node.target in _RELU6:
-        return 0.0, 6.0
-    low, high = (node.args[index] if len(node.args) > index else None for index in (1, 2))
-    if node.target in _HARDTANHS:
-        return (-1.0 if low is None else float(low)), (1.0 if high is None else float(high))  # type: ignore[arg-type]
-    if node.target in _CLAMPS:
-        return tuple(float(end) if isinstance(end, (int, float)) else None for end in (low, high))  # type: ignore[return-value]
-    return None, None
+def _clamp_limit(node: Any) -> float | None:
+    """Where a clamp ends: 6 for ReLU6."""
+    if not isinstance(node, Node) or node.target not in _CLAMPS_WITH_A_LIMIT:
+        return None
+    if node.target is aten.relu6.default:
+        return 6.0
+    return float(node.args[2]) if len(node.args) > 2 else 1.0  # type: ignore[arg-type]  # as hardtanh's schema says
 
 
 def _replace_by_call(twin: GraphModule, node: Node, name: str, module: nn.Module, *arguments: Any) -> None:
