@@ -1,18 +1,24 @@
 from __future__ import annotations
 
 import json
+import math
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional
 
 from edgecompress import pipeline
 from edgecompress.errors import ConfigurationError
 from edgecompress.int8 import weight_ranges
+from edgecompress.int8.operators import QUANTIZE
 from edgecompress.int8.post_training import quantize
-from edgecompress.int8.qat import TrainableInt8, _RoundToStep
+from edgecompress.int8.qat import TrainableInt8, _RoundToStep, _step_within
 from edgecompress.int8.quantized_model import QuantizedModel
 from edgecompress.int8.scheme import Scheme
 from edgecompress.settings.recipe import QatStage, QuantizeStage, load_recipe
@@ -20,9 +26,13 @@ from edgecompress.stages.train_stages import _compare
 from small_models import images, tiny_net
 
 
-def _int8(batch: Tensor, scheme: Scheme = Scheme("uint8", 7)) -> QuantizedModel:  # noqa: B008  # frozen
+def _int8(
+    batch: Tensor,
+    scheme: Scheme = Scheme("uint8", 7),  # noqa: B008  # frozen
+    module: nn.Module | None = None,
+) -> QuantizedModel:
     return quantize(
-        tiny_net(),
+        module or tiny_net(),
         stage=QuantizeStage(kind="quantize", id="int8", effort="fast"),
         scheme=scheme,
         calibration=lambda: iter([batch]),
@@ -81,6 +91,67 @@ def test_training_comes_nearer_to_float_and_the_integers_say_so_too(monkeypatch:
             source, weight, bias = node.args[:3]
             scales = [trained.graph.get_buffer(str(read.args[1].target)) for read in (weight, bias)]
             torch.testing.assert_close(scales[1].float(), scales[0].float() * source.args[1])
+
+
+class _Clamps(nn.Module):
+    """Two-sided clamps and one-sided ones, in place and not, each behind a convolution."""
+
+    CLAMPS: tuple[tuple[Callable[[Tensor], Tensor], float, float], ...] = (
+        (lambda x: torch.clamp(x, min=-0.75), -0.75, math.inf),
+        (lambda x: torch.clamp(x, max=0.6), -math.inf, 0.6),
+        (lambda x: torch.clamp(x, -0.7, 0.5), -0.7, 0.5),
+        (functional.hardtanh, -1.0, 1.0),
+        (lambda x: torch.clamp_max(x, 0.8), -math.inf, 0.8),
+        (lambda x: torch.clamp_min(x, -0.65), -0.65, math.inf),
+        (lambda x: x.clamp_(0.0, 0.9), 0.0, 0.9),
+        (functional.relu6, 0.0, 6.0),
+    )
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convs = nn.ModuleList(nn.Conv2d(1, 1, 3, padding=1) for _ in self.CLAMPS)
+        self.head = nn.Conv2d(1, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for convolution, (clamp, _, _) in zip(self.convs, self.CLAMPS, strict=True):
+            x = clamp(8.0 * convolution(x))
+        return torch.as_tensor(self.head(x).mean((2, 3)))
+
+
+def _clamped_ranges(model: QuantizedModel) -> list[tuple[float, float]]:
+    """The ranges that the outputs of clamps are rounded in, in graph order."""
+    ranges = []
+    for node in model.graph.graph.nodes:
+        if node.target is QUANTIZE and re.search("clamp|hardtanh|relu6", str(node.args[0].target)):
+            scale, zero_point, low, high = node.args[1:5]
+            ranges.append(((low - zero_point) * scale, (high - zero_point) * scale))
+    return ranges
+
+
+def test_no_learned_range_grows_beyond_its_clamp() -> None:
+    """The runtime drops a clamp, and may then run on integers, only where the range that follows ends within it."""
+    torch.manual_seed(0)
+    model = _int8(images(16), module=_Clamps())
+    trainable = TrainableInt8(model)
+    with torch.no_grad():
+        for parameter in trainable.parameters():
+            parameter.add_(3.0)  # twenty times as wide, if nothing held it
+    before, after = _clamped_ranges(model), _clamped_ranges(trainable.quantized("x"))
+    assert len(after) == len(_Clamps.CLAMPS)
+    for (low, high), (old_low, old_high), (_, least, most) in zip(after, before, _Clamps.CLAMPS, strict=True):
+        # Calibration rounds zero points, so a range may begin or end a part of a step beyond its clamp.
+        assert low >= min(least, old_low) - 1e-6
+        assert high <= max(most, old_high) + 1e-6
+    assert after[-1][1] == pytest.approx(6.0) != before[-1][1]
+
+
+@pytest.mark.parametrize("limit", [0.1, 2.718281828, 3.0, 6.0, 9.426883557880855])
+def test_the_widest_range_within_a_clamp_stays_within_it_in_float32(limit: float) -> None:
+    """The runtime multiplies in float32, and drops a clamp only where the range ends at most 1.2e-7 beyond it."""
+    for count in range(1, 256):
+        step = np.float32(_step_within(limit, count))
+        assert step * np.float32(count) <= np.float32(limit)
+        assert step * count == pytest.approx(limit, rel=1e-6)
 
 
 def test_recipe_takes_it_as_the_int8_stage_and_wants_it_last() -> None:

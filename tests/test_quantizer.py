@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from edgecompress.errors import ConfigurationError
+from edgecompress.int8.qat import TrainableInt8
 from edgecompress.int8.quantized_model import QuantizedModel
 from edgecompress.int8.scheme import Scheme
 from edgecompress.machine import architecture, has_vnni
@@ -184,6 +185,42 @@ def test_runtime_gives_what_the_simulation_gives(pattern: Callable[[str], Export
     assert np.median(np.abs(in_floats - simulated.numpy())) <= 0.25 * step
     assert difference.max() < np.abs(simulated.numpy() - wanted).max()
     assert np.abs(simulated.numpy() - wanted).mean() < 0.05 * wanted.std()
+
+
+def trained(net: Exported, inputs: Tensor) -> QuantizedModel:
+    """A few optimizer steps, and every learned step wider, each by a share of its own: what long training may do."""
+    trainable = TrainableInt8(net.model)
+    trainable.train(False)
+    optimizer = torch.optim.Adam(trainable.parameters(), lr=2e-3)
+    with torch.no_grad():
+        wanted = net.module(inputs)
+    for _ in range(5):
+        optimizer.zero_grad()
+        ((trainable(inputs) - wanted) ** 2).mean().backward()
+        optimizer.step()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in trainable.named_parameters():
+            if name.endswith("factor"):
+                parameter.add_(0.02 + 0.1 * torch.rand(parameter.shape, generator=generator))
+    return trainable.quantized("trained")
+
+
+@pytest.mark.parametrize("name", PATTERNS)
+def test_training_keeps_every_kernel(pattern: Callable[[str], Exported], tmp_path: Path, name: str) -> None:
+    """What fusions presuppose of scales holds for learned ones: equal ones stay equal, clamps and [0, 1] stay."""
+    net, inputs = pattern(name), images(24, seed=5)
+    model = trained(net, images())
+    rewrites = export(model.graph, tmp_path / "net.onnx")
+    graph = inspect_integer_graph(tmp_path / "net.onnx")
+    assert rewrites == net.rewrites
+    assert graph.op_counts == net.graph.op_counts
+    assert len(graph.float_islands) == len(net.graph.float_islands)
+    with torch.no_grad():
+        simulated = model.simulation()(inputs).numpy()
+    got = run(tmp_path / "net.onnx", inputs)
+    agree = np.isclose(simulated, got, atol=1e-4 * np.abs(simulated).max()).all(axis=1)
+    assert agree.mean() >= 0.95
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from torch.fx import Interpreter, Node
 from edgecompress.int8.calibration import ErrorObserver
 from edgecompress.int8.histogram import Range, percentile_range
 from edgecompress.int8.mixed import MixedModel
+from edgecompress.int8.quantizer import is_share
 
 Rounders = dict[str, Callable[..., Any]]  # by the name of the simulation's rounding node
 
@@ -183,7 +184,7 @@ def observe_grids(mixed: MixedModel, images: Tensor, calibration: Iterable[Tenso
         if node.target is not _FAKE_QUANTIZE:
             continue
         scale, zero_point, low, high = _numbers(node)
-        if abs(scale * (high - low) - 1.0) < 1e-6 and zero_point == low:
+        if is_share(scale, zero_point, low, high):
             continue
         grid = grids.setdefault((scale, zero_point), Grid(scale, zero_point, low, high))
         grid.rounders[node.name] = mixed.rounded_node(node)

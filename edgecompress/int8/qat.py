@@ -7,7 +7,8 @@ quantization ended.
 
 Batch norm is folded before training, hence frozen: on a graph already at float's accuracy, its moving statistics would
 only add noise (torchao's own recipe freezes them too, but later). Steps are learned (Esser et al., 2020, "Learned
-Step Size Quantization"); zero points stay where calibration found them.
+Step Size Quantization"); zero points stay where calibration found them. What the runtime's fusions presuppose holds
+all along: tensors on one grid stay on one, a range ends within its clamp, and a hard-sigmoid's grid is [0, 1].
 """
 
 from __future__ import annotations
@@ -26,9 +27,13 @@ from torch.fx import GraphModule, Node
 from edgecompress.errors import QuantizationError
 from edgecompress.int8.operators import DEQUANTIZE, DEQUANTIZE_CHANNELS, QUANTIZE
 from edgecompress.int8.quantized_model import QuantizedModel
+from edgecompress.int8.quantizer import is_share
 
 aten = torch.ops.aten
-_CLAMPS_WITH_A_LIMIT = {aten.relu6.default, aten.hardtanh.default, aten.hardtanh_.default}
+_CLAMPS = {aten.clamp.default, aten.clamp_.default}
+_HARDTANHS = {aten.hardtanh.default, aten.hardtanh_.default}
+_LOWER_CLAMPS = {aten.clamp_min.default, aten.clamp_min_.default}
+_UPPER_CLAMPS = {aten.clamp_max.default, aten.clamp_max_.default}
 _INT32_LIMIT = 2**31 - 1
 
 
@@ -88,19 +93,17 @@ class _Activation(nn.Module):
 
 
 class _FixedActivation(nn.Module):
-    """A pair that reads back with another scale than it wrote (a saturating requantization): nothing to learn in it."""
+    """A quantize-dequantize pair whose grid means something by itself: nothing to learn in it."""
 
-    def __init__(self, written: tuple[float, int], read: tuple[float, int], low: int, high: int) -> None:
+    def __init__(self, step: float, zero_point: int, low: int, high: int) -> None:
         super().__init__()
-        self.register_buffer("step", torch.tensor(written[0]))
+        self.register_buffer("step", torch.tensor(step))
         self.step: Tensor
-        self.low, self.high = low - written[1], high - written[1]
-        self.gain = read[0] / written[0]
-        self.shift = (written[1] - read[1]) * read[0]
+        self.low, self.high = low - zero_point, high - zero_point
 
     def forward(self, values: Tensor) -> Tensor:
         rounded: Tensor = _RoundToStep.apply(values, self.step, self.low, self.high)
-        return rounded * self.gain + self.shift
+        return rounded
 
 
 class _Weight(nn.Module):
@@ -264,30 +267,51 @@ def _insert_activations(twin: GraphModule) -> dict[str, _Step]:
     in a converted graph, and two tensors with equal ranges lose nothing by it.
     """
     pairs = [node for node in twin.graph.nodes if node.target is DEQUANTIZE and _is_quantized(node)]
-    largest: dict[tuple[float, int], float] = {}
-    for node in pairs:
-        written = node.args[0]
-        key = _scale_of(written)
-        limit = _clamp_limit(written.args[0])
-        high = int(written.args[4])
-        if limit is not None and high > key[1]:
-            # An observed range never ended beyond its clamp; so the runtime could drop the clamp, and still can.
-            largest[key] = min(largest.get(key, math.inf), max(limit / (high - key[1]), key[0]))
+    largest = _largest_steps([node.args[0] for node in pairs])
     steps: dict[tuple[float, int], _Step] = {}
     of_node: dict[str, _Step] = {}
     for node in pairs:
         written = node.args[0]
         key, low, high = _scale_of(written), int(written.args[3]), int(written.args[4])
+        if _scale_of(node) != key:
+            raise QuantizationError(f"{node.name}: quantization-aware training needs one grid to write and to read")
         activation: nn.Module
-        if _scale_of(node) == key:
+        if is_share(*key, low, high):
+            # A hard-sigmoid's, or as good for one: only on this grid is it exported as part of an integer kernel.
+            activation = _FixedActivation(key[0], key[1], low, high)
+        else:
             if key not in steps:
-                steps[key] = _Step(torch.tensor(key[0]), largest.get(key, math.inf))
+                steps[key] = _Step(torch.tensor(key[0]), largest[key])
             activation = _Activation(steps[key], key[1], low, high)
             of_node[str(node.name)] = of_node[str(written.name)] = steps[key]
-        else:
-            activation = _FixedActivation(key, _scale_of(node), low, high)
         _replace_by_call(twin, node, f"_learned_{node.name}", activation, written.args[0])
     return of_node
+
+
+def _largest_steps(written: list[Any]) -> dict[tuple[float, int], float]:
+    """How far the step of each grid may grow: where a range ends within its clamp, the runtime drops the clamp.
+
+    A range that did not when training began, such as one that a wider tensor shares, may stay as it is.
+    """
+    largest: dict[tuple[float, int], float] = {}
+    for node in written:
+        (scale, zero_point), low, high = _scale_of(node), int(node.args[3]), int(node.args[4])
+        least, most = _clamp_limits(node.args[0])
+        bound = min(_step_within(-least, zero_point - low), _step_within(most, high - zero_point))
+        key = scale, zero_point
+        largest[key] = min(largest.get(key, math.inf), max(bound, scale))
+    return largest
+
+
+def _step_within(limit: float, count: int) -> float:
+    """The largest step of which `count` come to no more than `limit`, in float32 as the runtime multiplies them."""
+    if count == 0 or math.isinf(limit):
+        return math.inf
+    end = torch.tensor(limit, dtype=torch.float32)
+    step = end / count
+    while step * count > end:
+        step = torch.nextafter(step, torch.tensor(-math.inf))
+    return float(step)
 
 
 def _is_quantized(node: Node) -> bool:
@@ -299,13 +323,25 @@ def _scale_of(node: Any) -> tuple[float, int]:
     return float(node.args[1]), int(node.args[2])
 
 
-def _clamp_limit(node: Any) -> float | None:
-    """Where a clamp ends: 6 for ReLU6."""
-    if not isinstance(node, Node) or node.target not in _CLAMPS_WITH_A_LIMIT:
-        return None
-    if node.target is aten.relu6.default:
-        return 6.0
-    return float(node.args[2]) if len(node.args) > 2 else 1.0  # type: ignore[arg-type]  # as hardtanh's schema says
+def _clamp_limits(node: Any) -> tuple[float, float]:
+    """Where a clamp begins and ends: 0 and 6 for ReLU6. Infinite where it does not, and for what is no clamp."""
+    target = node.target if isinstance(node, Node) else None
+    if target is aten.relu6.default:
+        return 0.0, 6.0
+    if target in _HARDTANHS:
+        return _limit(node, 1, "min_val", -1.0), _limit(node, 2, "max_val", 1.0)
+    if target in _CLAMPS:
+        return _limit(node, 1, "min", -math.inf), _limit(node, 2, "max", math.inf)
+    if target in _LOWER_CLAMPS:
+        return _limit(node, 1, "min", -math.inf), math.inf
+    if target in _UPPER_CLAMPS:
+        return -math.inf, _limit(node, 1, "max", math.inf)
+    return -math.inf, math.inf
+
+
+def _limit(node: Node, position: int, name: str, otherwise: float) -> float:
+    value: Any = node.args[position] if len(node.args) > position else node.kwargs.get(name)
+    return otherwise if value is None else float(value)
 
 
 def _replace_by_call(twin: GraphModule, node: Node, name: str, module: nn.Module, *arguments: Any) -> None:

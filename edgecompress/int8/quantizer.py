@@ -294,6 +294,11 @@ class OnnxRuntimeQuantizer(Quantizer):  # type: ignore[misc]  # torchao ships no
         )
 
 
+def is_share(scale: float, zero_point: int, low: int, high: int) -> bool:
+    """Whether a grid is the fixed one of shares: zero to one over all integers, as a hard-sigmoid needs it."""
+    return abs(scale * (high - low) - 1.0) < 1e-6 and zero_point == low
+
+
 def module_name(node: Node) -> str:
     """Name of the module that a captured node came from, as `named_modules` gives it."""
     stack = node.meta.get("nn_module_stack") or {}
