@@ -457,6 +457,36 @@ def test_in_place_operators_through_a_view_are_seen_by_all_readers(tmp_path: Pat
     assert float((in_the_file - got).abs().max()) <= 3 * float(got.max() - got.min()) / 255
 
 
+class Joined(nn.Module):
+    """Tensors that start at zero and end at one, at six, or nowhere, joined."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convs = nn.ModuleList([conv(3, 4), *(conv(4, 4) for _ in range(3))])
+        self.last, self.head = conv(16, 8, 1), nn.Linear(8, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second, third, fourth = self.convs
+        x = functional.relu(first(x))
+        y = functional.max_pool2d(functional.relu6(second(x)), 3, 1, 1)
+        x = torch.cat([functional.hardsigmoid(third(x)), y, torch.clamp(fourth(x), 0.0, 1.0), x], 1)
+        return self.head(self.last(x).mean((2, 3)))
+
+
+def test_joining_widens_no_range_that_clamps_and_cuts_none_off(tmp_path: Path) -> None:
+    module, inputs = seeded(Joined()), 8.0 * images(24, seed=5)
+    model = quantized(module, samples=8.0 * images())
+    export(model.graph, tmp_path / "net.onnx")
+    graph = inspect_integer_graph(tmp_path / "net.onnx")
+    assert (graph.op_counts["QLinearConv"], graph.op_counts["QLinearConcat"]) == (5, 1)
+    assert (graph.quantize_nodes, graph.dequantize_nodes, graph.float_islands) == (1, 0, [])
+    with torch.no_grad():
+        simulated, wanted = model.simulation()(inputs).numpy(), module(inputs).numpy()
+    got = run(tmp_path / "net.onnx", inputs)
+    assert np.abs(got - simulated).max() <= 3 * np.ptp(simulated) / 255
+    assert np.abs(simulated - wanted).mean() < 0.05 * wanted.std()
+
+
 class InPlace(nn.Module):
     """In-place operators on tensors that others read before and after."""
 

@@ -27,13 +27,9 @@ from torch.fx import GraphModule, Node
 from edgecompress.errors import QuantizationError
 from edgecompress.int8.operators import DEQUANTIZE, DEQUANTIZE_CHANNELS, QUANTIZE
 from edgecompress.int8.quantized_model import QuantizedModel
-from edgecompress.int8.quantizer import is_share
+from edgecompress.int8.quantizer import is_share, limits_of
 
 aten = torch.ops.aten
-_CLAMPS = {aten.clamp.default, aten.clamp_.default}
-_HARDTANHS = {aten.hardtanh.default, aten.hardtanh_.default}
-_LOWER_CLAMPS = {aten.clamp_min.default, aten.clamp_min_.default}
-_UPPER_CLAMPS = {aten.clamp_max.default, aten.clamp_max_.default}
 _INT32_LIMIT = 2**31 - 1
 
 
@@ -296,7 +292,7 @@ def _largest_steps(written: list[Any]) -> dict[tuple[float, int], float]:
     largest: dict[tuple[float, int], float] = {}
     for node in written:
         (scale, zero_point), low, high = _scale_of(node), int(node.args[3]), int(node.args[4])
-        least, most = _clamp_limits(node.args[0])
+        least, most = limits_of(node.args[0])
         bound = min(_step_within(-least, zero_point - low), _step_within(most, high - zero_point))
         key = scale, zero_point
         largest[key] = min(largest.get(key, math.inf), max(bound, scale))
@@ -321,27 +317,6 @@ def _is_quantized(node: Node) -> bool:
 
 def _scale_of(node: Any) -> tuple[float, int]:
     return float(node.args[1]), int(node.args[2])
-
-
-def _clamp_limits(node: Any) -> tuple[float, float]:
-    """Where a clamp begins and ends: 0 and 6 for ReLU6. Infinite where it does not, and for what is no clamp."""
-    target = node.target if isinstance(node, Node) else None
-    if target is aten.relu6.default:
-        return 0.0, 6.0
-    if target in _HARDTANHS:
-        return _limit(node, 1, "min_val", -1.0), _limit(node, 2, "max_val", 1.0)
-    if target in _CLAMPS:
-        return _limit(node, 1, "min", -math.inf), _limit(node, 2, "max", math.inf)
-    if target in _LOWER_CLAMPS:
-        return _limit(node, 1, "min", -math.inf), math.inf
-    if target in _UPPER_CLAMPS:
-        return -math.inf, _limit(node, 1, "max", math.inf)
-    return -math.inf, math.inf
-
-
-def _limit(node: Node, position: int, name: str, otherwise: float) -> float:
-    value: Any = node.args[position] if len(node.args) > position else node.kwargs.get(name)
-    return otherwise if value is None else float(value)
 
 
 def _replace_by_call(twin: GraphModule, node: Node, name: str, module: nn.Module, *arguments: Any) -> None:

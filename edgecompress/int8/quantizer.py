@@ -11,6 +11,7 @@ kernel stays in float.
 from __future__ import annotations
 
 import fnmatch
+import math
 import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -42,9 +43,12 @@ _COMPUTE = {*_CONVOLUTIONS, aten.linear.default}
 # Clamps that the kernel before them absorbs, since the quantized range ends where the clamp does.
 _BOUNDED = {aten.hardtanh.default, aten.hardtanh_.default, aten.clamp.default, aten.clamp_.default}
 _HALF_BOUNDED = {aten.clamp_min.default, aten.clamp_min_.default}
+_CUT_ABOVE = {aten.clamp_max.default, aten.clamp_max_.default}
 _CLAMPS = {aten.relu.default, aten.relu_.default, aten.relu6.default, *_BOUNDED, *_HALF_BOUNDED}
 # Clamps to [0, 1] of x / 6 + 1 / 2: absorbed as well, the slope by the scale and the shift by the bias.
 _HARD_SIGMOIDS = {aten.hardsigmoid.default, aten.hardsigmoid_.default}
+# Both kinds of sigmoid: results between 0 and 1.
+_SHARES = {*_HARD_SIGMOIDS, aten.sigmoid.default, aten.sigmoid_.default}
 # Two tensors, element by element: QLinearAdd, QLinearMul.
 _ELEMENTWISE = {aten.add.Tensor, aten.add_.Tensor, aten.mul.Tensor, aten.mul_.Tensor}
 # A pooling kernel with scales of its own: QLinearGlobalAveragePool, QLinearAveragePool.
@@ -205,9 +209,12 @@ class OnnxRuntimeQuantizer(Quantizer):  # type: ignore[misc]  # torchao ships no
             return
         if node.target in (aten.pad.default, aten.constant_pad_nd.default) and not _pads_with_zero(node):
             return
-        # A range that starts at zero would be widened by one that does not, and the kernel before a relu would no
-        # longer clamp by it: the concatenation's kernel takes a scale for each input.
-        alike = [source for source in sources if not _starts_at_zero(source)] or sources
+        # A range that starts at zero would be widened by one that does not, one that ends at a clamp by one that goes
+        # on, and the kernel before a clamp would no longer clamp by it; a share's fixed range would even cut the other
+        # off. The concatenation's kernel takes a scale for each input.
+        end = max(_end(source) for source in sources)
+        alike = [source for source in sources if not _starts_at_zero(source)]
+        alike = alike or [source for source in sources if _end(source) == end]
         shared = SharedQuantizationSpec((alike[0], node))
         inputs: dict[Node, Any] = {source: self._spec_of(source) for source in sources}
         inputs.update({source: shared for source in alike if source is not alike[0]})
@@ -299,6 +306,31 @@ def is_share(scale: float, zero_point: int, low: int, high: int) -> bool:
     return abs(scale * (high - low) - 1.0) < 1e-6 and zero_point == low
 
 
+def limits_of(node: Any) -> tuple[float, float]:
+    """Between which values an operator's results lie: 0 and 6 for ReLU6. Infinite for what is no clamp or sigmoid."""
+    target = node.target if isinstance(node, Node) else None
+    if target in (aten.relu.default, aten.relu_.default):
+        return 0.0, math.inf
+    if target is aten.relu6.default:
+        return 0.0, 6.0
+    if target in _SHARES:
+        return 0.0, 1.0
+    if target in _BOUNDED:
+        is_tanh = target in (aten.hardtanh.default, aten.hardtanh_.default)  # whose schema has defaults
+        least, most = (-1.0, 1.0) if is_tanh else (-math.inf, math.inf)
+        return _limit(node, 1, least), _limit(node, 2, most)
+    if target in _HALF_BOUNDED:
+        return _limit(node, 1, -math.inf), math.inf
+    if target in _CUT_ABOVE:
+        return -math.inf, _limit(node, 1, math.inf)
+    return -math.inf, math.inf
+
+
+def _limit(node: Node, position: int, otherwise: float) -> float:
+    value: Any = node.args[position] if len(node.args) > position else None
+    return otherwise if value is None else float(value)
+
+
 def module_name(node: Node) -> str:
     """Name of the module that a captured node came from, as `named_modules` gives it."""
     stack = node.meta.get("nn_module_stack") or {}
@@ -324,7 +356,15 @@ def _starts_at_zero(node: Node) -> bool:
         first = node.args[0]
         return all(_starts_at_zero(source) for source in _nodes(first if isinstance(first, (list, tuple)) else [first]))
     is_clamp = node.target in _CLAMPS and _clamps_from_zero(node)
-    return is_clamp or node.target in _HARD_SIGMOIDS or node.target in (aten.sigmoid.default, aten.sigmoid_.default)
+    return is_clamp or node.target in _SHARES
+
+
+def _end(node: Node) -> float:
+    """What no value of a tensor exceeds by the operator that made it: 6 for ReLU6, infinite for most."""
+    if node.target in (operator.getitem, *_SPLITTERS, *_MOVERS, *_POOLING):
+        first = node.args[0]
+        return max(_end(source) for source in _nodes(first if isinstance(first, (list, tuple)) else [first]))
+    return limits_of(node)[1]
 
 
 def _clamps_from_zero(node: Node) -> bool:
