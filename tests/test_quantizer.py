@@ -457,6 +457,30 @@ def test_in_place_operators_through_a_view_are_seen_by_all_readers(tmp_path: Pat
     assert float((in_the_file - got).abs().max()) <= 3 * float(got.max() - got.min()) / 255
 
 
+class WholeLimits(nn.Module):
+    """Clamps whose limits are integers, one-sided and beside a float."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.head = conv(3, 8), conv(8, 8), nn.Linear(8, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.clamp(self.first(x), min=0)
+        return self.head(torch.clamp(self.second(x), 0, 1.5).mean((2, 3)))
+
+
+def test_clamps_at_whole_numbers_are_taken_into_kernels_too(tmp_path: Path) -> None:
+    module = seeded(WholeLimits())
+    export(quantized(module).graph, tmp_path / "int8.onnx")
+    graph = inspect_integer_graph(tmp_path / "int8.onnx")
+    assert graph.op_counts["QLinearConv"] == 2
+    assert graph.float_islands == []
+    export(module, tmp_path / "fp32.onnx")
+    inputs = images(4)
+    with torch.no_grad():
+        np.testing.assert_allclose(run(tmp_path / "fp32.onnx", inputs), module(inputs).numpy(), rtol=1e-4, atol=1e-5)
+
+
 class Joined(nn.Module):
     """Tensors that start at zero and end at one, at six, or nowhere, joined."""
 

@@ -96,6 +96,7 @@ def translate(module: nn.Module, example: Tensor, target: Target) -> torch.onnx.
             )
             _refuse_own_divisors(captured)
             _forget_strides_of_pools(captured)
+            _write_limits_as_floats(captured)
             program = torch.onnx.export(
                 captured,
                 dynamo=True,
@@ -132,6 +133,23 @@ def _refuse_own_divisors(captured: torch.export.ExportedProgram) -> None:
                 f"{place or node.name}: divisor_override={node.args[6]} of an average pool cannot be exported to ONNX; "
                 "leave it out, and multiply what the pool gives by (height * width of its kernel) / divisor"
             )
+
+
+def _write_limits_as_floats(captured: torch.export.ExportedProgram) -> None:
+    """Write 0 as 0.0 where floats are clamped.
+
+    The exporter would promote it to a tensor: a clamp at the integer 0 becomes a Max, which the runtime takes into no
+    integer kernel, and one between an integer and a float is refused.
+    """
+    aten = torch.ops.aten
+    for node in captured.graph.nodes:
+        if node.target not in (aten.clamp.default, aten.clamp_.default):
+            continue
+        value = node.args[0].meta.get("val")
+        if value is not None and value.is_floating_point():
+            limits = (float(limit) if isinstance(limit, int) else limit for limit in node.args[1:])
+            node.args = (node.args[0], *limits)
+    captured.graph_module.recompile()
 
 
 def _forget_strides_of_pools(captured: torch.export.ExportedProgram) -> None:
